@@ -1,0 +1,130 @@
+"""Everything llm_orm raises of its own.
+
+    LlmOrmError
+    ├── TryAgain              the same call may succeed later
+    │   ├── ChatBusy              another turn of this chat is running
+    │   └── DatabaseUnavailable   the database did not answer, or its pool is exhausted
+    ├── WrongCall             the call must be changed
+    │   ├── EmptyMessage, UnknownKeyword, InvalidValue, NoModel, UnknownModel
+    │   ├── AsyncTool             an async tool in a synchronous ask
+    │   ├── InsideTransaction     a turn was started inside the caller's own transaction
+    │   └── NothingToRetry
+    ├── WrongSetup            the installation must be changed
+    │   ├── InvalidDatabase       what connect() was given names no database we can use
+    │   ├── TablesMissing         a table or column is not there: run "llm-orm migrate"
+    │   └── StoreClosed
+    └── TurnFailed            the turn is over, and asking again costs money
+        ├── ToolRoundsExceeded
+        ├── ToolError             raised by a tool; fatal=True ends the turn
+        ├── ReplyNotSaved         a paid reply could not be written; it is in .reply
+        └── ChatGone              the chat was deleted
+
+A provider's exception is none of these: it reaches the caller as litellm raised it.
+"""
+
+from typing import Any
+
+
+class LlmOrmError(Exception):
+    """Something went wrong in llm_orm"""
+
+    def __init__(self, message: str | None = None):
+        super().__init__(message or self.__doc__ or type(self).__name__)
+
+
+class TryAgain(LlmOrmError):
+    """The same call may succeed later"""
+
+
+class ChatBusy(TryAgain):
+    """Another turn of this chat is running"""
+
+
+class DatabaseUnavailable(TryAgain):
+    """The database did not answer"""
+
+
+class WrongCall(LlmOrmError):
+    """The call must be changed before it can succeed"""
+
+
+class EmptyMessage(WrongCall, ValueError):
+    """A message needs some text"""
+
+
+class UnknownKeyword(WrongCall, TypeError):
+    """A keyword that is neither an option nor a column"""
+
+
+class InvalidValue(WrongCall, ValueError):
+    """A value of the wrong kind"""
+
+
+class NoModel(WrongCall, ValueError):
+    """The chat names no model: give create_chat(…, model="gpt-4o") or ask(…, model=…)"""
+
+
+class UnknownModel(WrongCall, ValueError):
+    """No provider is known for the model"""
+
+
+class AsyncTool(WrongCall, TypeError):
+    """An async tool can only run in aask() and aask_stream()"""
+
+
+class InsideTransaction(WrongCall):
+    """A turn cannot start inside a transaction of yours: its rows must outlive a rollback"""
+
+
+class NothingToRetry(WrongCall):
+    """The chat has no unanswered user message"""
+
+
+class WrongSetup(LlmOrmError):
+    """The installation must be changed"""
+
+
+class InvalidDatabase(WrongSetup, ValueError):
+    """Not a database that llm_orm can use"""
+
+
+class TablesMissing(WrongSetup):
+    """The database lacks a table or a column of llm_orm: run "llm-orm migrate" (or store.create_tables())"""
+
+
+class StoreClosed(WrongSetup):
+    """The store was closed"""
+
+
+class TurnFailed(LlmOrmError):
+    """The turn is over"""
+
+
+class ToolRoundsExceeded(TurnFailed):
+    """The model kept asking for tools"""
+
+
+class ToolError(TurnFailed):
+    """Raise this in a tool; fatal=True ends the turn, else the model is told and goes on
+
+    >>> raise ToolError("the order is locked", fatal=True)
+    """
+
+    def __init__(self, message: str | None = None, *, fatal: bool = False):
+        super().__init__(message)
+        self.fatal = fatal
+
+
+class ReplyNotSaved(TurnFailed):
+    """The model's reply was paid for and could not be written; it is in .reply
+
+    reply    llm_orm.Reply, whole: content, thinking, tool calls, usage, cost
+    """
+
+    def __init__(self, message: str | None = None, *, reply: Any = None):
+        super().__init__(message)
+        self.reply = reply
+
+
+class ChatGone(TurnFailed):
+    """The chat was deleted"""

@@ -1,0 +1,140 @@
+"""What can be set on a chat without being stored: when it is made or loaded, and for one turn."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from .errors import InvalidValue
+from .tools import Toolbox
+from .transcript import History
+from .values import Retries
+
+NOT_SENT_TWICE = ("model", "messages", "stream", "tools", "api_key", "api_base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a chat calls its model. None of it is stored; `load_chat` takes it again.
+
+    llm               what to call: anything with completion() and acompletion(); default: the store's, else litellm
+    tools             functions, `Tool` classes or instances
+    temperature       as the provider takes it
+    max_tokens        of one reply
+    thinking          {"effort": "low" | "medium" | "high"} or {"budget": tokens}
+    params            further keywords for litellm's completion()
+    headers           extra HTTP headers
+    request_timeout   seconds that one call of the model may take
+    max_tool_calls    rounds of tool calls in one turn; past it: ToolRoundsExceeded
+    tool_concurrency  calls of one round that run side by side
+    retries           how often a failed call is tried again, or a `Retries`
+    history           the last n turns are sent, or what a function of the messages returns; default: all
+    persistence       {"tool_calls": False, "requests": False} leaves those tables alone
+    on_error          "rollback": a failed turn leaves the user's message only; "keep": also what was received
+    wait              seconds to wait while another turn of the chat is running; 0: ChatBusy at once
+    stale_after       seconds without a sign of life after which a running turn counts as dead; 0: at once
+    debug             say on stderr what happens
+    """
+
+    llm: Any = None
+    tools: Any = ()
+    temperature: float | None = None
+    max_tokens: int | None = None
+    thinking: Mapping[str, Any] | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    request_timeout: float | None = None
+    max_tool_calls: int = 5
+    tool_concurrency: int = 1
+    retries: Retries | int = Retries()
+    history: History = None
+    persistence: Mapping[str, bool] = field(default_factory=dict)
+    on_error: Literal["rollback", "keep"] = "rollback"
+    wait: float = 0.0
+    stale_after: float = 60.0
+    debug: bool = False
+    toolbox: Toolbox = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "toolbox", Toolbox(self.tools or ()))
+        if isinstance(self.retries, int):
+            object.__setattr__(self, "retries", replace(Retries(), attempts=self.retries))
+        _check("on_error", self.on_error, 'must be "rollback" or "keep"', lambda v: v in ("rollback", "keep"))
+        _check("max_tool_calls", self.max_tool_calls, "must be 0 or more rounds", _is_count)
+        _check("tool_concurrency", self.tool_concurrency, "must be 1 or more", lambda v: _is_count(v) and v > 0)
+        _check("history", self.history, "must be a number of turns or a function", _is_history)
+        _check("wait", self.wait, "must be seconds", _is_seconds)
+        _check("stale_after", self.stale_after, "must be seconds", _is_seconds)
+        _check("params", self.params, f"must leave {', '.join(NOT_SENT_TWICE[:4])} to llm_orm", _is_params)
+        _check("persistence", self.persistence, 'takes "tool_calls" and "requests"', _is_persistence)
+        _check("thinking", self.thinking, 'must be {"effort": …} or {"budget": tokens}', _is_thinking)
+
+    def changed(self, **options: Any) -> "Options":
+        return replace(self, **options) if options else self
+
+    @property
+    def stores_tool_calls(self) -> bool:
+        return self.persistence.get("tool_calls", True)
+
+    @property
+    def stores_requests(self) -> bool:
+        return self.persistence.get("requests", True)
+
+    def for_completion(self) -> dict[str, Any]:
+        """The keywords that a call of `completion()` gets: the same on every round of a turn."""
+        keywords: dict[str, Any] = dict(self.params)
+        if self.toolbox.schemas:
+            keywords["tools"] = self.toolbox.schemas
+        if self.temperature is not None:
+            keywords["temperature"] = self.temperature
+        if self.max_tokens is not None:
+            keywords["max_tokens"] = self.max_tokens
+        if self.request_timeout is not None:
+            keywords["timeout"] = self.request_timeout
+        if self.headers:
+            keywords["extra_headers"] = dict(self.headers)
+        if self.thinking:
+            keywords |= _thinking_keywords(self.thinking)
+        return keywords
+
+
+NAMES = tuple(option.name for option in fields(Options) if option.init)
+
+
+def _thinking_keywords(thinking: Mapping[str, Any]) -> dict[str, Any]:
+    if "type" in thinking:  # the provider's own shape
+        return {"thinking": dict(thinking)}
+    keywords: dict[str, Any] = {}
+    if "budget" in thinking:
+        keywords["thinking"] = {"type": "enabled", "budget_tokens": thinking["budget"]}
+    if "effort" in thinking:
+        keywords["reasoning_effort"] = thinking["effort"]
+    return keywords
+
+
+def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
+    if not holds(value):
+        raise InvalidValue(f"{name}={value!r}: {name} {rule}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 0
+
+
+def _is_history(value: Any) -> bool:
+    return value is None or callable(value) or _is_count(value)
+
+
+def _is_params(value: Any) -> bool:
+    return isinstance(value, Mapping) and not set(value) & set(NOT_SENT_TWICE[:4])
+
+
+def _is_persistence(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) <= {"tool_calls", "requests"}
+
+
+def _is_thinking(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and bool({"effort", "budget", "type"} & set(value)))

@@ -1,0 +1,334 @@
+"""The tables, and what each column means.
+
+The classes here are the one definition; `records_for` makes a store's own set of them, tied to its database, its table
+names and the application's columns. Times are aware UTC, money is US dollars, JSON is JSONB on PostgreSQL.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import peewee as pw
+
+
+def uuid7() -> UUID:
+    """A new key that sorts by time (RFC 9562, version 7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10))
+    return UUID(int=(milliseconds << 80) | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & (1 << 62) - 1)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class TimeField(pw.DateTimeField):
+    """An aware time in UTC: TIMESTAMPTZ on PostgreSQL, ISO text of one width (which sorts) on SQLite."""
+
+    field_type = "TIMESTAMPTZ"
+
+    def db_value(self, value: Any) -> Any:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{self.name} needs a time with a time zone, not {value!r}")
+        return value.astimezone(UTC).isoformat(" ", "microseconds")
+
+    def python_value(self, value: Any) -> Any:
+        value = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return value.astimezone(UTC) if value else None
+
+
+class MoneyField(pw.DecimalField):
+    """US dollars to twelve places. SQLite keeps a double, which holds them exactly up to a thousand dollars."""
+
+    places = Decimal("1e-12")
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(max_digits=20, decimal_places=12, auto_round=True, **kwargs)
+
+    def db_value(self, value: Any) -> Any:
+        return None if value is None else str(Decimal(value).quantize(self.places))
+
+    def python_value(self, value: Any) -> Any:
+        return None if value is None else money(value)
+
+
+def money(value: Any) -> Decimal:
+    """Dollars as the database gave them, exact and without trailing zeros."""
+    exact = Decimal(str(value)).quantize(MoneyField.places).normalize()
+    return exact.quantize(Decimal(1)) if exact == exact.to_integral() else exact
+
+
+class JSONField(pw.JSONField):
+    def __init__(self, **kwargs: Any):
+        super().__init__(dumps=None, loads=None, **kwargs)
+
+
+def column(field: pw.Field) -> Any:
+    """The field, which on an instance reads as the type that the attribute is annotated with."""
+    return field
+
+
+def one_of(name: str, values: tuple[str, ...]) -> tuple[str, str]:
+    """A CHECK for `records_for` to name after the table."""
+    return name, f"{name} IN ({', '.join(repr(value) for value in values)})"
+
+
+class Record(pw.Model):
+    checks: tuple[tuple[str, str], ...] = ()
+    unique: tuple[tuple[str, ...], ...] = ()
+    indexes: tuple[tuple[str, ...], ...] = ()
+
+    class Meta:
+        legacy_table_names = False
+
+
+class LlmChat(Record):
+    """One conversation. The application's own columns stand beside these."""
+
+    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
+    model: str | None = column(pw.TextField(null=True))
+    provider: str | None = column(pw.TextField(null=True))
+    instructions: str | None = column(pw.TextField(null=True))
+    metadata: Any = column(JSONField(null=True))
+    """Whatever JSON the application gave."""
+    created_at: datetime = column(TimeField(default=now))
+    updated_at: datetime = column(TimeField(default=now))
+
+    indexes = (("created_at",),)
+
+
+class LlmMessage(Record):
+    """What the user said, or what the assistant answered: one row each for every `ask`."""
+
+    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
+    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="messages", index=False))
+    chat_id: UUID
+    position: int = column(pw.IntegerField())
+    """The order within the chat: never a time, never an id."""
+    role: str = column(pw.TextField())
+    status: str = column(pw.TextField(default="completed"))
+    """pending: a turn is running; incomplete: it was stopped; failed: it ended in an error; else completed."""
+    content: str | None = column(pw.TextField(null=True))
+    content_raw: Any = column(JSONField(null=True))
+    """Of an assistant row that is more than text: {"rounds": [assistant message, …]}, as the model is to see them."""
+    thinking_text: str | None = column(pw.TextField(null=True))
+    thinking_signature: str | None = column(pw.TextField(null=True))
+    thinking_tokens: int | None = column(pw.IntegerField(null=True))
+    input_tokens: int | None = column(pw.IntegerField(null=True))
+    """Summed over the requests of the turn, as are the other tokens."""
+    output_tokens: int | None = column(pw.IntegerField(null=True))
+    cached_tokens: int | None = column(pw.IntegerField(null=True))
+    model_id: str | None = column(pw.TextField(null=True))
+    provider: str | None = column(pw.TextField(null=True))
+    request_key: str | None = column(pw.TextField(null=True))
+    created_at: datetime = column(TimeField(default=now))
+    updated_at: datetime = column(TimeField(default=now))
+    """Of a pending row: the last sign of life of the process that works on it."""
+
+    checks = (
+        one_of("role", ("user", "assistant", "system", "tool")),
+        one_of("status", ("pending", "completed", "incomplete", "failed")),
+    )
+    unique = (("chat", "position"), ("chat", "request_key"))
+    indexes = (("created_at",),)
+
+
+class LlmToolCall(Record):
+    """One call of a tool by the model, and its result."""
+
+    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
+    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="tool_calls", index=False))
+    chat_id: UUID
+    message: Any = column(
+        pw.ForeignKeyField(LlmMessage, on_delete="SET NULL", backref="tool_calls", null=True, index=False)
+    )
+    message_id: UUID | None
+    """The assistant message; NULL once its turn was rolled back."""
+    turn_id: UUID = column(pw.UUIDField())
+    """The user message that opened the turn."""
+    round: int = column(pw.IntegerField())
+    """Which call of the model asked for it, from 0."""
+    position: int = column(pw.IntegerField())
+    """The order within the round, from 0."""
+    tool_call_id: str = column(pw.TextField())
+    name: str = column(pw.TextField())
+    arguments: str = column(pw.TextField())
+    """JSON, to the letter as the model wrote it."""
+    thought: str | None = column(pw.TextField(null=True))
+    thought_signature: str | None = column(pw.TextField(null=True))
+    result: str | None = column(pw.TextField(null=True))
+    """The text that the model is shown."""
+    status: str = column(pw.TextField(default="pending"))
+    """pending: asked for, not started; running: started; completed; failed; rejected: a person said no."""
+    error: str | None = column(pw.TextField(null=True))
+    duration_ms: int | None = column(pw.IntegerField(null=True))
+    metadata: Any = column(JSONField(null=True))
+    created_at: datetime = column(TimeField(default=now))
+    finished_at: datetime | None = column(TimeField(null=True))
+
+    checks = (one_of("status", ("pending", "running", "completed", "failed", "rejected")),)
+    unique = (("message", "tool_call_id"),)
+    indexes = (("chat", "turn_id"), ("created_at",))
+
+
+class LlmRequest(Record):
+    """One call that reached a provider: what it took and what it cost. Outlives its message and its chat."""
+
+    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
+    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="SET NULL", backref="requests", null=True, index=False))
+    chat_id: UUID | None
+    message: Any = column(
+        pw.ForeignKeyField(LlmMessage, on_delete="SET NULL", backref="requests", null=True, index=True)
+    )
+    message_id: UUID | None
+    turn_id: UUID | None = column(pw.UUIDField(null=True))
+    source: str = column(pw.TextField(default="chat"))
+    round: int = column(pw.IntegerField(default=0))
+    attempt: int = column(pw.IntegerField(default=1))
+    """1 for the first try of a round, 2 for its first retry, …"""
+    provider: str = column(pw.TextField())
+    model: str = column(pw.TextField())
+    status_code: int = column(pw.IntegerField())
+    """HTTP status; 499 where we hung up, 0 where the connection failed before there was one."""
+    error: str | None = column(pw.TextField(null=True))
+    """The class of the exception."""
+    error_message: str | None = column(pw.TextField(null=True))
+    finish_reason: str | None = column(pw.TextField(null=True))
+    duration_ms: int = column(pw.IntegerField())
+    first_token_ms: int | None = column(pw.IntegerField(null=True))
+    streamed: bool = column(pw.BooleanField(default=False))
+    input_tokens: int = column(pw.IntegerField(default=0))
+    output_tokens: int = column(pw.IntegerField(default=0))
+    cached_tokens: int = column(pw.IntegerField(default=0))
+    cache_write_tokens: int = column(pw.IntegerField(default=0))
+    thinking_tokens: int = column(pw.IntegerField(default=0))
+    usage_estimated: bool = column(pw.BooleanField(default=False))
+    """True where the provider sent no usage and the tokens were counted here."""
+    cost: Decimal | None = column(MoneyField(null=True))
+    """NULL: unknown. Never 0 for that."""
+    correction_rounds: int | None = column(pw.IntegerField(null=True))
+    provider_request_id: str | None = column(pw.TextField(null=True))
+    created_at: datetime = column(TimeField(default=now))
+
+    checks = (one_of("source", ("chat", "response", "run")),)
+    indexes = (("chat", "created_at"), ("created_at",))
+
+
+class LlmAgentSession(Record):
+    """Ties a class of agent to a chat."""
+
+    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
+    agent_class: str = column(pw.TextField())
+    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="agent_sessions", unique=True))
+    chat_id: UUID
+    metadata: Any = column(JSONField(null=True))
+    created_at: datetime = column(TimeField(default=now))
+    updated_at: datetime = column(TimeField(default=now))
+
+    indexes = (("agent_class",), ("created_at",))
+
+
+class LlmAttachment(Record):
+    """A file that came with a message."""
+
+    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
+    message: Any = column(pw.ForeignKeyField(LlmMessage, on_delete="CASCADE", backref="attachments", index=False))
+    message_id: UUID
+    position: int = column(pw.IntegerField())
+    media_type: str = column(pw.TextField())
+    filename: str | None = column(pw.TextField(null=True))
+    size: int = column(pw.BigIntegerField())
+    """Bytes."""
+    sha256: str = column(pw.TextField())
+    content: bytes | None = column(pw.BlobField(null=True))
+    url: str | None = column(pw.TextField(null=True))
+
+    unique = (("message", "position"),)
+
+
+@dataclass(frozen=True)
+class Records:
+    """A store's own record classes, in the order in which their tables must be created."""
+
+    chat: type[LlmChat]
+    message: type[LlmMessage]
+    tool_call: type[LlmToolCall]
+    request: type[LlmRequest]
+    agent_session: type[LlmAgentSession]
+    attachment: type[LlmAttachment]
+
+    def __iter__(self):
+        return (getattr(self, field.name) for field in fields(self))
+
+
+BASES: dict[str, type[Record]] = {
+    "chat": LlmChat,
+    "message": LlmMessage,
+    "tool_call": LlmToolCall,
+    "request": LlmRequest,
+    "agent_session": LlmAgentSession,
+    "attachment": LlmAttachment,
+}
+
+
+def default_table_names(prefix: str = "") -> dict[str, str]:
+    """{"chat": "llm_chat", "message": "llm_message", …}, each behind the prefix."""
+    return {name: f"{prefix}llm_{name}" for name in BASES}
+
+
+def records_for(
+    database: pw.Database | None,
+    table_names: Mapping[str, str],
+    chat_fields: Mapping[str, pw.Field] | None = None,
+    bases: Mapping[str, type[Record]] | None = None,
+) -> Records:
+    """Record classes tied to one database and one set of table names.
+
+    bases    the application's subclasses of the records, by name: {"chat": MyChat}; their columns are kept
+    """
+    made: dict[str, type[Record]] = {}
+    by_base: dict[type[pw.Model], type[Record]] = {}
+    for name, base in BASES.items():
+        own = (bases or {}).get(name, base)
+        columns: dict[str, Any] = dict(chat_fields or {}) if name == "chat" else {}
+        for field in own._meta.sorted_fields:  # type: ignore[attr-defined]
+            if isinstance(field, pw.ForeignKeyField) and field.rel_model in by_base:
+                columns[field.name] = _pointing_at(by_base[field.rel_model], field)
+        made[name] = _tied(own, database, table_names[name], columns)
+        by_base[base] = by_base[own] = made[name]
+    return Records(**made)  # type: ignore[arg-type]
+
+
+def _pointing_at(target: type[Record], field: pw.ForeignKeyField) -> pw.ForeignKeyField:
+    copy = pw.ForeignKeyField(
+        target,
+        backref=field.backref,
+        on_delete=field.on_delete,
+        null=field.null,
+        index=field.index,
+        unique=field.unique,
+        column_name=field.column_name,
+    )
+    copy._order, copy._sort_key = field._order, field._sort_key  # type: ignore[attr-defined]
+    return copy
+
+
+def _tied(own: type[Record], database: pw.Database | None, table: str, columns: dict[str, Any]) -> type[Record]:
+    checks = [pw.Check(check, f"{table}_{name}_check") for name, check in own.checks]
+    meta = type("Meta", (), {"database": database, "table_name": table, "constraints": checks})
+    record: Any = type(own.__name__, (own,), {"Meta": meta, "__module__": own.__module__, **columns})
+    for names, is_unique in [(names, True) for names in own.unique] + [(names, False) for names in own.indexes]:
+        on = [record._meta.fields[name] for name in names]
+        record.add_index(*on, unique=is_unique, name="_".join([table, *(field.column_name for field in on)]))
+    if issubclass(own, LlmMessage):
+        # What makes a chat take one turn at a time, across threads and processes.
+        pending = f"{table}_one_pending"
+        record.add_index(record.chat, unique=True, where=pw.SQL("status = 'pending'"), name=pending)
+    return record

@@ -1,0 +1,190 @@
+"""The SQL that a turn runs, made from the records once and used again: building it anew costs more than running it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import peewee as pw
+
+from .records import JSONField, LlmMessage, Record, Records, now
+
+
+class Sql(NamedTuple):
+    text: str
+    params: tuple = ()
+
+
+class Statements:
+    def __init__(self, records: Records, database: pw.Database):
+        self.records = records
+        self.param = database.param
+        self._texts: dict[Any, str] = {}
+        self._adapters = {record: _adapters(record) for record in records}
+        chat, message = _table(records.chat), _table(records.message)
+        self._next_position = f"(SELECT COALESCE(MAX(position), -1) + 1 FROM {message} WHERE chat_id = {self.param})"
+        self._living_message = f"(SELECT id FROM {message} WHERE id = {self.param})"
+        self._living_chat = f"(SELECT id FROM {chat} WHERE id = {self.param})"
+
+    # Values for columns that the database computes
+
+    def next_position(self, chat_id: UUID) -> Sql:
+        return Sql(self._next_position, (chat_id.hex,))
+
+    def living_message(self, message_id: UUID) -> Sql:
+        """The id, or NULL where the message was deleted meanwhile."""
+        return Sql(self._living_message, (message_id.hex,))
+
+    def living_chat(self, chat_id: UUID) -> Sql:
+        return Sql(self._living_chat, (chat_id.hex,))
+
+    # Writing
+
+    def insert(self, record: type[Record], *rows: Mapping[str, Any]) -> Sql:
+        """Insert rows that have the same keys: names of fields, or of their columns."""
+        names = tuple(rows[0])
+        texts: list[str] = []
+        params: list[Any] = []
+        for row in rows:
+            row_texts, row_params = self._values(record, row)
+            texts.append("(" + ", ".join(row_texts) + ")")
+            params += row_params
+        return Sql(f"{self._insert_into(record, names)} VALUES {', '.join(texts)}", tuple(params))
+
+    def update(
+        self, record: type[Record], values: Mapping[str, Any], *, returning: str | None = None, **where: Any
+    ) -> Sql:
+        texts, params = self._values(record, values)
+        conditions, more = self._values(record, where)
+        key = ("update", record, tuple(values), tuple(where), tuple(texts), tuple(conditions), returning)
+        if key not in self._texts:
+            changes = ", ".join(f'"{name}" = {text}' for name, text in zip(values, texts, strict=True))
+            self._texts[key] = f"UPDATE {_table(record)} SET {changes} WHERE {_all_of(where, conditions)}" + (
+                f" RETURNING {returning}" if returning else ""
+            )
+        return Sql(self._texts[key], tuple(params + more))
+
+    def reopen(self, message_id: UUID) -> list[Sql]:
+        """Make a placeholder again of an assistant message that failed; its requests and tool calls stay on record."""
+        empty = {
+            field.column_name: None
+            for field in self.records.message._meta.sorted_fields  # type: ignore[attr-defined]
+            if field.null and field.name != "request_key" and field.name in LlmMessage._meta.fields  # type: ignore[attr-defined]
+        }
+        values = {**empty, "status": "pending", "updated_at": now()}
+        return [
+            self.update(self.records.tool_call, {"message_id": None}, message_id=message_id),
+            self.update(self.records.message, values, id=message_id),
+        ]
+
+    def delete(self, record: type[Record], **where: Any) -> Sql:
+        conditions, params = self._values(record, where)
+        return Sql(f"DELETE FROM {_table(record)} WHERE {_all_of(where, conditions)}", tuple(params))
+
+    def interrupt_tool_calls(self, chat_id: UUID, turn_id: UUID) -> Sql:
+        """Say of the calls that will not be finished that they were not."""
+        return Sql(
+            f"UPDATE {_table(self.records.tool_call)} SET status = 'failed', error = 'interrupted', "
+            f"finished_at = {self.param} "
+            f"WHERE chat_id = {self.param} AND turn_id = {self.param} AND status IN ('pending', 'running')",
+            (now().isoformat(" ", "microseconds"), chat_id.hex, turn_id.hex),
+        )
+
+    def beat(self, message_ids: Sequence[UUID]) -> Sql:
+        marks = ", ".join([self.param] * len(message_ids))
+        return Sql(
+            f"UPDATE {_table(self.records.message)} SET updated_at = {self.param} "
+            f"WHERE id IN ({marks}) AND status = 'pending'",
+            (now().isoformat(" ", "microseconds"), *(message_id.hex for message_id in message_ids)),
+        )
+
+    # Reading
+
+    def messages_after(self, chat_id: UUID, position: int) -> Sql:
+        """(id, position, role, status, content, content_raw) in order."""
+        return Sql(
+            f"SELECT id, position, role, status, content, content_raw FROM {_table(self.records.message)} "
+            f"WHERE chat_id = {self.param} AND position > {self.param} ORDER BY position",
+            (chat_id.hex, position),
+        )
+
+    def tool_results(self, message_ids: Sequence[UUID]) -> Sql:
+        """(message_id, tool_call_id, result) of the calls that have one."""
+        marks = ", ".join([self.param] * len(message_ids))
+        return Sql(
+            f"SELECT message_id, tool_call_id, result FROM {_table(self.records.tool_call)} "
+            f"WHERE message_id IN ({marks}) AND result IS NOT NULL",
+            tuple(message_id.hex for message_id in message_ids),
+        )
+
+    def pending_message(self, chat_id: UUID) -> Sql:
+        """(id, position, updated_at) of the message that a turn is working on."""
+        return Sql(
+            f"SELECT id, position, updated_at FROM {_table(self.records.message)} "
+            f"WHERE chat_id = {self.param} AND status = 'pending'",
+            (chat_id.hex,),
+        )
+
+    def last_message(self, chat_id: UUID) -> Sql:
+        """(id, position, role, status) of the last message that is not pending."""
+        return Sql(
+            f"SELECT id, position, role, status FROM {_table(self.records.message)} "
+            f"WHERE chat_id = {self.param} AND status <> 'pending' ORDER BY position DESC LIMIT 1",
+            (chat_id.hex,),
+        )
+
+    def turn_of(self, chat_id: UUID, position: int) -> Sql:
+        """(id) of the user message that the message at a position answers."""
+        return Sql(
+            f"SELECT id FROM {_table(self.records.message)} "
+            f"WHERE chat_id = {self.param} AND role = 'user' AND position < {self.param} "
+            "ORDER BY position DESC LIMIT 1",
+            (chat_id.hex, position),
+        )
+
+    def chat_exists(self, chat_id: UUID) -> Sql:
+        return Sql(f"SELECT 1 FROM {_table(self.records.chat)} WHERE id = {self.param}", (chat_id.hex,))
+
+    # How
+
+    def _insert_into(self, record: type[Record], names: tuple[str, ...]) -> str:
+        key = ("insert", record, names)
+        if key not in self._texts:
+            columns = ", ".join(f'"{name}"' for name in names)
+            self._texts[key] = f"INSERT INTO {_table(record)} ({columns})"
+        return self._texts[key]
+
+    def _values(self, record: type[Record], values: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+        adapters = self._adapters[record]
+        texts: list[str] = []
+        params: list[Any] = []
+        for name, value in values.items():
+            if type(value) is Sql:
+                texts.append(value.text)
+                params += value.params
+            else:
+                texts.append(self.param)
+                adapt = adapters[name]
+                params.append(value if adapt is None or value is None else adapt(value))
+        return texts, params
+
+
+def _table(record: type[Record]) -> str:
+    return f'"{record._meta.table_name}"'  # type: ignore[attr-defined]
+
+
+def _all_of(where: Mapping[str, Any], texts: list[str]) -> str:
+    return " AND ".join(f'"{name}" = {text}' for name, text in zip(where, texts, strict=True))
+
+
+def _adapters(record: type[Record]) -> dict[str, Any]:
+    """What makes a value of Python one of the driver's, by column; None where it already is."""
+    adapters: dict[str, Any] = {}
+    for field in record._meta.sorted_fields:  # type: ignore[attr-defined]
+        if isinstance(field, JSONField):
+            adapters[field.column_name] = json.dumps
+        elif isinstance(field, (pw.TextField, pw.IntegerField, pw.BooleanField)):
+            adapters[field.column_name] = None
+        else:
+            adapters[field.column_name] = field.db_value
+    return adapters

@@ -1,0 +1,381 @@
+"""connect(url) → Store: a database with the right settings, and the records in it.
+
+The only file that talks to the database driver: connections are borrowed and given back here, and the driver's errors
+become ours here.
+"""
+
+import asyncio
+import contextvars
+import os
+import re
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import peewee as pw
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase, PooledSqliteDatabase
+
+from .errors import (
+    DatabaseUnavailable,
+    InsideTransaction,
+    InvalidDatabase,
+    InvalidValue,
+    LlmOrmError,
+    StoreClosed,
+    TablesMissing,
+    UnknownKeyword,
+)
+from .heart import Heart
+from .records import BASES, Record, Records, default_table_names, records_for
+from .statements import Sql, Statements
+
+T = TypeVar("T")
+
+DEFAULT_URL = "sqlite:///llm_orm.db"
+
+SQLITE_PRAGMAS = {
+    "journal_mode": "wal",
+    "foreign_keys": 1,
+    "synchronous": "full",  # a paid reply survives a power cut
+}
+
+
+class Store:
+    """A database, its records, and what is shared by the chats in it.
+
+    database    the peewee Database; yours to query with
+    records     the record classes tied to it: .chat, .message, .tool_call, .request, .agent_session, .attachment
+    llm         what chats call models with, unless they say otherwise; None for litellm
+    """
+
+    def __init__(self, database: pw.Database, records: Records, *, llm: Any = None, threads: int = 10):
+        self.database = database
+        self.records = records
+        self.llm = llm
+        self.statements = Statements(records, database)
+        self.heart = Heart(self._beat)
+        self._is_sqlite = isinstance(database, pw.SqliteDatabase)
+        self._is_closed = False
+        self._threads = threads
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __repr__(self) -> str:
+        return f"<Store {described(self.database)}>"
+
+    # The shape of the database
+
+    def create_tables(self) -> None:
+        """Create the tables that are not there yet. For small apps and tests; production runs "llm-orm migrate"."""
+        with self.connection():
+            self.database.create_tables(list(self.records))
+
+    def drop_tables(self) -> None:
+        """Drop the tables with everything in them."""
+        with self.connection():
+            self.database.drop_tables(list(self.records))
+
+    @property
+    def chat_columns(self) -> list[str]:
+        """The names of the application's own columns of the chat."""
+        return [name for name in self.records.chat._meta.fields if name not in BASES["chat"]._meta.fields]  # type: ignore[attr-defined]
+
+    # Connections and transactions
+
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        """An open connection for the block: the caller's own where this thread has one, else one given back after.
+
+        Raises `DatabaseUnavailable`, `TablesMissing`, `StoreClosed`.
+        """
+        if self._is_closed:
+            raise StoreClosed(f"{self!r} was closed: connect() again")
+        database = self.database
+        opened = database.is_closed()
+        try:
+            if opened:
+                database.connect()
+            try:
+                yield
+            finally:
+                if opened:
+                    database.close()
+        except (pw.PeeweeException, MaxConnectionsExceeded) as error:
+            ours = self._translated(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+    def transact(self, *statements: Sql) -> list[tuple]:
+        """Run the statements as one transaction and return the rows of the last.
+
+        On PostgreSQL they travel together, in one round trip, which the server runs as one transaction.
+        """
+        with self.connection():
+            if not self._is_sqlite:
+                text = ";\n".join(statement.text for statement in statements)
+                return self._execute(text, [p for statement in statements for p in statement.params])
+            if self.database.in_transaction():
+                return self._execute_each(statements)
+            # SQLite refuses to upgrade a read into a write, so a transaction takes the lock when it begins.
+            self._execute("BEGIN IMMEDIATE", ())
+            try:
+                rows = self._execute_each(statements)
+                self._execute("COMMIT", ())
+            except BaseException:
+                self._rollback_sqlite()
+                raise
+            return rows
+
+    def read(self, statement: Sql) -> list[tuple]:
+        """Run one query, in no transaction of its own."""
+        with self.connection():
+            return self._execute(statement.text, statement.params)
+
+    def _execute(self, text: str, params: Any) -> list[tuple]:
+        cursor = self.database.execute_sql(text, params)
+        return cursor.fetchall() if cursor.description else []
+
+    def _execute_each(self, statements: tuple[Sql, ...]) -> list[tuple]:
+        rows: list[tuple] = []
+        for statement in statements:
+            rows = self._execute(statement.text, statement.params)
+        return rows
+
+    def _rollback_sqlite(self) -> None:
+        # SQLite has rolled back by itself after some errors, and then knows of no transaction.
+        if self.database.connection().in_transaction:
+            self._execute("ROLLBACK", ())
+
+    def check_outside_transaction(self) -> None:
+        """Raise `InsideTransaction` where this thread has a transaction open: a turn's rows must outlive its rollback."""
+        if self.database.in_transaction():
+            raise InsideTransaction(
+                "ask() was called inside a transaction of yours; call it outside of `with database.atomic()`: "
+                "the rows of a turn must survive a rollback, and no transaction may be open while a model is waited for"
+            )
+
+    # asyncio
+
+    async def off_the_loop(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run database code on a thread of the store's own, to its end even if the caller is cancelled."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="llm_orm")
+        context = contextvars.copy_context()
+        work = asyncio.get_running_loop().run_in_executor(self._executor, context.run, function, *arguments)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            while not work.done():
+                try:
+                    await asyncio.wait([work])
+                except asyncio.CancelledError:
+                    continue  # told twice: still to its end
+            raise
+
+    # The end
+
+    def close(self) -> None:
+        """Close every connection. The store cannot be used any more."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.heart.stop()
+        if self._executor is not None:
+            self._executor.shutdown()
+        close_all = getattr(self.database, "close_all", self.database.close)
+        close_all()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _beat(self, message_ids: list[Any]) -> None:
+        self.transact(self.statements.beat(message_ids))
+
+    def _translated(self, error: Exception) -> LlmOrmError | None:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, MaxConnectionsExceeded):
+            return DatabaseUnavailable(
+                f"no connection of {described(self.database)} became free: all {self.database._max_connections} are in "  # type: ignore[attr-defined]
+                "use; give connect(…, pool_size=, pool_timeout=) more, or close connections that you opened"
+            )
+        if isinstance(error, (pw.OperationalError, pw.ProgrammingError)) and _MISSING.search(text):
+            return TablesMissing(f'{described(self.database)}: {text}; run "llm-orm migrate" or store.create_tables()')
+        if isinstance(error, (pw.OperationalError, pw.InterfaceError)):
+            return DatabaseUnavailable(f"{described(self.database)} did not answer: {without_password(text)}")
+        return None
+
+
+_MISSING = re.compile(r"no such (table|column)|has no column named|(relation|column) .* does not exist")
+
+
+def connect(
+    database: "str | pw.Database | Store | None" = None,
+    *,
+    table_prefix: str = "",
+    table_names: Mapping[str, str] | None = None,
+    chat_fields: Mapping[str, pw.Field] | None = None,
+    models: Mapping[str, type[Record]] | list[type[Record]] | None = None,
+    llm: Any = None,
+    pool_size: int = 10,
+    pool_timeout: float = 30.0,
+    pragmas: Mapping[str, Any] | None = None,
+) -> Store:
+    """A store in the database that is named.
+
+    database       "sqlite:///relative.db", "sqlite:////absolute.db", "sqlite:///:memory:", any libpq URL
+                   ("postgresql://user:pw@host/db", a Unix socket in ?host=), a peewee Database; or None for
+                   $LLM_ORM_DATABASE_URL, else $DATABASE_URL, else sqlite:///llm_orm.db
+    table_prefix   put before each table's name: "app_" makes "app_llm_chat"
+    table_names    names of single tables: {"chat": "assistant_chat", "message": …, "tool_call": …, "request": …,
+                   "agent_session": …, "attachment": …}
+    chat_fields    the application's own columns of the chat: {"user_id": TextField(null=True, index=True)}
+    models         the application's own subclasses of the records, as `llm-orm init --models` writes them
+    llm            what to call models with: anything with completion() and acompletion(); default litellm
+    pool_size      connections at the most
+    pool_timeout   seconds to wait for one of them
+    pragmas        of SQLite, over ours: {"synchronous": "normal"}
+
+    Nothing is opened yet: a database that cannot be reached is reported by the first call that needs it, as
+    `DatabaseUnavailable`. Raises `InvalidDatabase` for what is not a database, `InvalidValue` for a bad table name.
+    """
+    if isinstance(database, Store):
+        return database
+    bases = _models_by_name(models)
+    names = _table_names(table_prefix, table_names, bases)
+    if database is None:
+        database = os.environ.get("LLM_ORM_DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_URL
+    if isinstance(database, str):
+        opened = open_url(database, pool_size=pool_size, pool_timeout=pool_timeout, pragmas=pragmas)
+    else:
+        opened = _application_database(database)
+    return Store(opened, records_for(opened, names, chat_fields, bases), llm=llm, threads=pool_size)
+
+
+def open_url(
+    url: str, *, pool_size: int = 10, pool_timeout: float = 30.0, pragmas: Mapping[str, Any] | None = None
+) -> pw.Database:
+    """A pooled peewee Database for a URL; nothing is opened yet."""
+    scheme = url.partition(":")[0].partition("+")[0].lower()
+    if scheme in ("postgresql", "postgres"):
+        dsn = "postgresql:" + url.partition(":")[2]
+        connect_timeout = {} if "connect_timeout=" in url else {"connect_timeout": 10}
+        return PooledPostgresqlDatabase(
+            dsn, max_connections=pool_size, timeout=pool_timeout, application_name="llm_orm", **connect_timeout
+        )
+    if scheme == "sqlite":
+        return _open_sqlite(url, pool_size, pool_timeout, pragmas)
+    raise InvalidDatabase(
+        f"{without_password(url)!r} names no database: give sqlite:///file.db or postgresql://user:password@host/name"
+    )
+
+
+def _open_sqlite(url: str, pool_size: int, pool_timeout: float, pragmas: Mapping[str, Any] | None) -> pw.Database:
+    if sqlite3.sqlite_version_info < (3, 38):
+        raise InvalidDatabase(f"SQLite 3.38 or newer is needed; this Python has {sqlite3.sqlite_version}")
+    parts = urlsplit(url)
+    path = unquote(parts.path).removeprefix("/")
+    if parts.netloc:
+        raise InvalidDatabase(f"{url!r} has two slashes: write sqlite:///relative.db or sqlite:////absolute.db")
+    if parts.query:
+        raise InvalidDatabase(f"{url!r} has options; give them as connect(…, pragmas={dict(parse_qsl(parts.query))!r})")
+    in_memory = path in ("", ":memory:")
+    if not in_memory and not Path(path).absolute().parent.is_dir():
+        raise InvalidDatabase(f"{url!r}: there is no folder {str(Path(path).absolute().parent)!r}")
+    return PooledSqliteDatabase(
+        ":memory:" if in_memory else path,
+        pragmas={**SQLITE_PRAGMAS, **(pragmas or {})},
+        # A database in memory lives in one connection, which its users take turns with.
+        max_connections=1 if in_memory else pool_size,
+        timeout=pool_timeout,
+        check_same_thread=False,
+    )
+
+
+def _application_database(database: Any) -> pw.Database:
+    if not isinstance(database, pw.Database):
+        raise InvalidDatabase(f"{database!r} is neither a URL nor a peewee Database")
+    if not isinstance(database, (pw.SqliteDatabase, pw.PostgresqlDatabase)) or hasattr(database, "aconnect"):
+        raise InvalidDatabase(
+            f"{type(database).__name__} is not supported: give a SqliteDatabase or a PostgresqlDatabase, pooled or not"
+        )
+    if isinstance(database, pw.SqliteDatabase):
+        # Without it SQLite ignores the delete rules of the tables.
+        database._pragmas = [*dict(database._pragmas or ()).items(), ("foreign_keys", 1)]  # type: ignore[attr-defined]
+        if not database.is_closed():
+            database.execute_sql("PRAGMA foreign_keys = 1")
+    return database
+
+
+_stores: dict[str, Store] = {}
+_stores_by_database: "weakref.WeakKeyDictionary[pw.Database, Store]" = weakref.WeakKeyDictionary()
+_stores_lock = threading.Lock()
+
+
+def as_store(store: "Store | pw.Database | str | None") -> Store:
+    """The store itself, or the one of a URL or a peewee Database: always the same, so that its pool is shared."""
+    if isinstance(store, Store):
+        return store
+    with _stores_lock:
+        if isinstance(store, pw.Database):
+            if store not in _stores_by_database:
+                _stores_by_database[store] = connect(store)
+            return _stores_by_database[store]
+        if store is not None and not isinstance(store, str):
+            raise InvalidDatabase(f"{store!r} is neither a Store, a peewee Database nor a URL")
+        url = store or os.environ.get("LLM_ORM_DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_URL
+        if url not in _stores or _stores[url]._is_closed:
+            _stores[url] = connect(url)
+        return _stores[url]
+
+
+def _models_by_name(models: Mapping[str, type[Record]] | list[type[Record]] | None) -> dict[str, type[Record]]:
+    if models is None:
+        return {}
+    by_name = {}
+    for model in models.values() if isinstance(models, Mapping) else models:
+        name = next((name for name, base in BASES.items() if isinstance(model, type) and issubclass(model, base)), None)
+        if name is None:
+            raise InvalidValue(f"models: {model!r} is not a subclass of a record of llm_orm.records")
+        by_name[name] = model
+    return by_name
+
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,37}")  # PostgreSQL cuts names at 63, and ours get endings
+
+
+def _table_names(prefix: str, names: Mapping[str, str] | None, bases: Mapping[str, type[Record]]) -> dict[str, str]:
+    unknown = set(names or ()) - set(BASES)
+    if unknown:
+        raise UnknownKeyword(f"table_names has {sorted(unknown)!r}; it takes {', '.join(BASES)}")
+    own = {name: base._meta.table_name for name, base in bases.items()}  # type: ignore[attr-defined]
+    chosen = {**default_table_names(prefix), **own, **(names or {})}
+    for name, table in chosen.items():
+        if not isinstance(table, str) or not _IDENTIFIER.fullmatch(table):
+            raise InvalidValue(
+                f"{table!r} cannot be the name of the {name} table: use letters, digits and underscores, 38 at most"
+            )
+    if len(set(chosen.values())) < len(chosen):
+        raise InvalidValue(f"two tables have one name: {chosen}")
+    return chosen
+
+
+def described(database: pw.Database) -> str:
+    """The database as it may be printed: without its password."""
+    if isinstance(database, pw.SqliteDatabase):
+        return f"sqlite:///{database.database}"
+    name = str(database.database)
+    return without_password(name) if "://" in name or "=" in name else f"postgresql database {name!r}"
+
+
+def without_password(text: str) -> str:
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text)

