@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any, Self
 from uuid import UUID
 
@@ -223,7 +223,6 @@ class Chat:
         if not may_await and (names := setting.options.toolbox.async_tools()):
             raise AsyncTool(f"the tool {names[0]!r} is async: use aask() or aask_stream(), or make it a plain function")
         self.store.check_outside_transaction()
-        gateway.check_model(setting.llm, setting.model, setting.provider)
         return Turn(self.store, setting, self._transcript, text, stream=stream)
 
     def _setting(self, options: dict[str, Any]) -> Setting:
@@ -233,16 +232,19 @@ class Chat:
         model = options.get("model", self.model)
         if not model:
             raise NoModel()
+        # Another model may be another provider's.
+        provider = options.get("provider", None if "model" in options else self.provider)
+        llm = chosen.llm if chosen.llm is not None else self.store.llm
         return Setting(
             chat_id=self.id,
             model=model,
-            # Another model may be another provider's.
-            provider=options.get("provider", None if "model" in options else self.provider),
+            provider=provider,
             instructions=options.get("instructions", self.instructions),
             metadata=self.metadata,
             options=chosen,
             hooks=self._hooks,
-            llm=chosen.llm if chosen.llm is not None else self.store.llm,
+            llm=llm,
+            answering_provider=gateway.check_model(llm, model, provider),
         )
 
     def _rows(self, record: Any, *order: str) -> list[Any]:
@@ -263,7 +265,7 @@ class Stream:
     Leaving it early, or `close()`, ends the turn; as a context manager it closes itself.
     """
 
-    def __init__(self, chunks: Iterator[Chunk], outcome: Outcome):
+    def __init__(self, chunks: Generator[Chunk], outcome: Outcome):
         self._chunks = chunks
         self._outcome = outcome
 
@@ -278,7 +280,7 @@ class Stream:
         return next(self._chunks)
 
     def close(self) -> None:
-        self._chunks.close()  # type: ignore[attr-defined]
+        self._chunks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +292,7 @@ class Stream:
 class AsyncStream:
     """`Stream`, from asyncio: `async for`, `async with`, `aclose()`."""
 
-    def __init__(self, chunks: AsyncIterator[Chunk], outcome: Outcome):
+    def __init__(self, chunks: AsyncGenerator[Chunk], outcome: Outcome):
         self._chunks = chunks
         self._outcome = outcome
 
@@ -305,7 +307,7 @@ class AsyncStream:
         return await anext(self._chunks)
 
     async def aclose(self) -> None:
-        await self._chunks.aclose()  # type: ignore[attr-defined]
+        await self._chunks.aclose()
 
     async def __aenter__(self) -> Self:
         return self

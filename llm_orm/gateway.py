@@ -1,21 +1,22 @@
-"""The only file that imports litellm: calls, streams, usage, cost, and what an error means.
+"""The only file that imports litellm: models, prices, and calls.
 
 litellm is imported on the first call of a model: it takes seconds.
 """
 
-import email.utils
 import functools
+import inspect
 import os
-import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from .errors import InvalidValue, UnknownModel
-from .values import Answer, Chunk, Message, ModelRequest, Reply, ToolCall, Usage
+from .failures import is_retryable, retry_after_of, status_of, unwrapped
+from .received import Received
+from .values import Answer, Chunk, Message, ModelRequest, Usage
 
 
 class LLM:
@@ -59,15 +60,13 @@ def litellm() -> Any:
 # Models
 
 
-def check_model(llm: Any, model: str, provider: str | None) -> None:
-    """Raise `UnknownModel` where no provider is known for the model, before anything is written."""
-    try:
-        resolve(llm, model, provider)
-    except UnknownModel:
-        raise
+def check_model(llm: Any, model: str, provider: str | None) -> str:
+    """The provider of the model. Raises `UnknownModel` where none is known, before anything is written."""
+    _, found = resolve(llm, model, provider)
     names = getattr(llm, "model_names", None)  # of a litellm.Router
     if names and model not in names:
         raise UnknownModel(f"the router has no model {model!r}; it has {', '.join(sorted(names))}")
+    return found
 
 
 def resolve(llm: Any, model: str, provider: str | None) -> tuple[str, str]:
@@ -166,9 +165,17 @@ def cost_of(llm: Any, model: str, provider: str, usage: Usage) -> Decimal | None
             cache_creation_input_tokens=usage.cache_write_tokens,
         )
     except Exception:
-        # litellm raises for a model that is not in its map, in more than one class.
-        return None
-    return sum((Decimal(str(part)) for part in dollars), Decimal(0)).quantize(Decimal("1e-12"))
+        return None  # litellm raises for a model that is not in its map, in more than one class
+    cost = sum((Decimal(str(part)) for part in dollars), Decimal(0)).quantize(Decimal("1e-12"))
+    return cost if cost or _is_priced(llm, model, provider) else None
+
+
+def _is_priced(llm: Any, model: str, provider: str) -> bool:
+    """Whether a price of nothing is one: litellm makes one up for some models that it does not know."""
+    if hasattr(llm, "cost_per_token") and not hasattr(llm, "model_cost"):
+        return True
+    known = litellm().model_cost
+    return model in known or f"{provider}/{model}" in known
 
 
 def count_tokens(llm: Any, model: str, *, messages: list[Message] | None = None, text: str | None = None) -> int:
@@ -191,37 +198,40 @@ class Call:
         self.first_token: float | None = None
         self.shown = False
 
-    def chunks(self) -> Iterator[Chunk]:
-        response = self.llm.completion(**self._keywords())
-        if not self.request.stream:
-            self.received.take(response)
-            return
-        try:
-            for part in response:
-                for chunk in self._chunks_of(part):
-                    self.shown = True
-                    yield chunk
-        finally:
-            _close(response)
-        for call in self.received.tool_calls():
-            self.shown = True
-            yield Chunk(tool_call=call)
+    def chunks(self) -> Generator[Chunk]:
+        with self._client() as client:
+            response = self.llm.completion(**self._keywords(), **client)
+            if not self.request.stream:
+                self.received.take(response)
+                return
+            try:
+                for part in response:
+                    yield from self._chunks_of(part)
+            finally:
+                self.received.finish(response)
+                _close(response)
+            self._check_finished(response)
+            for call in self.received.tool_calls():
+                self.shown = True
+                yield Chunk(tool_call=call)
 
-    async def achunks(self) -> AsyncIterator[Chunk]:
-        response = await self.llm.acompletion(**self._keywords())
-        if not self.request.stream:
-            self.received.take(response)
-            return
-        try:
-            async for part in response:
-                for chunk in self._chunks_of(part):
-                    self.shown = True
-                    yield chunk
-        finally:
-            await _aclose(response)
-        for call in self.received.tool_calls():
-            self.shown = True
-            yield Chunk(tool_call=call)
+    async def achunks(self) -> AsyncGenerator[Chunk]:
+        async with self._async_client() as client:
+            response = await self.llm.acompletion(**self._keywords(), **client)
+            if not self.request.stream:
+                self.received.take(response)
+                return
+            try:
+                async for part in response:
+                    for chunk in self._chunks_of(part):
+                        yield chunk
+            finally:
+                self.received.finish(response)
+                await _aclose(response)
+            self._check_finished(response)
+            for call in self.received.tool_calls():
+                self.shown = True
+                yield Chunk(tool_call=call)
 
     @property
     def has_usage(self) -> bool:
@@ -230,10 +240,14 @@ class Call:
     def ended(self, error: BaseException | None = None) -> Answer:
         """How the call ended; its usage is counted here where the provider sent none."""
         duration_ms = self._milliseconds(time.perf_counter())
+        error = unwrapped(error) if error is not None else None
         status = 200 if error is None else status_of(error)
-        usage = self.received.usage or self._estimated(error, status)
+        usage = self.received.usage if error is None else None
+        usage = usage or self._estimated(error)
+        model, provider = self.received.answered_by if not self.provider else (self.model, self.provider)
+        model, provider = model or self.model, provider or "unknown"
         return Answer(
-            reply=self.received.reply(self.model, self.provider, usage, self._cost(usage, error, status)),
+            reply=self.received.reply(model, provider, usage, self._cost(model, provider, usage, error, status)),
             error=error,
             status_code=status,
             duration_ms=duration_ms,
@@ -246,287 +260,122 @@ class Call:
 
     def _keywords(self) -> dict[str, Any]:
         request = self.request
-        keywords = {**request.options, "model": request.model, "messages": request.messages, "max_retries": 0}
+        keywords = {**request.options, "model": request.model, "max_retries": 0}
+        keywords["messages"] = _for_provider(request.messages, self.provider)
         if request.provider:
             keywords["custom_llm_provider"] = request.provider
         if request.stream:
             keywords |= {"stream": True, "stream_options": {"include_usage": True}}
         return keywords
 
+    @contextmanager
+    def _client(self) -> Generator[dict[str, Any]]:
+        if not self._needs_client():
+            yield {}
+            return
+        from litellm.llms.custom_httpx.http_handler import HTTPHandler
+
+        client = HTTPHandler(timeout=self.request.options["timeout"])
+        try:
+            yield {"client": client}
+        finally:
+            client.close()
+
+    @asynccontextmanager
+    async def _async_client(self) -> AsyncGenerator[dict[str, Any]]:
+        if not self._needs_client():
+            yield {}
+            return
+        from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+
+        client = AsyncHTTPHandler(timeout=self.request.options["timeout"])
+        try:
+            yield {"client": client}
+        finally:
+            await client.close()
+
+    def _needs_client(self) -> bool:
+        """litellm waits for ever for a stream of Gemini's, whatever timeout it is given: its HTTP client is told."""
+        is_gemini = self.provider in ("gemini", "vertex_ai")
+        return is_gemini and self.request.stream and self.request.options.get("timeout") is not None
+
     def _chunks_of(self, part: Any) -> list[Chunk]:
         chunks, is_token = self.received.add(part)
         if is_token and self.first_token is None:
             self.first_token = time.perf_counter()
+        self.shown = self.shown or bool(chunks)
         return chunks
+
+    def _check_finished(self, response: Any) -> None:
+        """Raise where a stream just stopped: litellm makes up a finish reason then, and says nothing."""
+        parts = getattr(response, "chunks", None)
+        if not parts or self.provider not in ("openai", "anthropic", "azure"):
+            return
+        if not any(getattr(choice, "finish_reason", None) for part in parts for choice in part.choices):
+            self.received.finish_reason = None
+            raise litellm().APIConnectionError(
+                message="the stream ended before the reply did", llm_provider=self.provider, model=self.model
+            )
 
     def _milliseconds(self, moment: float) -> int:
         return round((moment - self.started) * 1000)
 
-    def _estimated(self, error: BaseException | None, status: int) -> Usage:
+    def _estimated(self, error: BaseException | None) -> Usage:
+        """The tokens of a call whose provider did not say, or did not come to say, all of them."""
         if isinstance(error, Exception) and not self.received.has_output:
             return Usage()  # the provider refused, or was not reached
-        text = self.received.everything_written()
-        return Usage(
-            input_tokens=count_tokens(self.llm, self.model, messages=self.request.messages),
-            output_tokens=count_tokens(self.llm, self.model, text=text) if text else 0,
+        text, said = self.received.everything_written(), self.received.usage or Usage()
+        written = count_tokens(self.llm, self.model, text=text) if text else 0
+        return replace(
+            said,
+            input_tokens=said.input_tokens or count_tokens(self.llm, self.model, messages=self.request.messages),
+            output_tokens=max(said.output_tokens, written),
             estimated=True,
         )
 
-    def _cost(self, usage: Usage, error: BaseException | None, status: int) -> Decimal | None:
+    def _cost(
+        self, model: str, provider: str, usage: Usage, error: BaseException | None, status: int
+    ) -> Decimal | None:
         if self.received.cost is not None:
             return self.received.cost
         if usage == Usage():
             # An HTTP error is not billed. What became of a call whose connection broke, nobody knows.
             return Decimal(0) if error is not None and status >= 400 and status != 408 else None
-        return cost_of(self.llm, self.model, self.provider, usage)
+        return cost_of(self.llm, model, provider, usage)
 
 
-class Received:
-    """What has come of a reply so far: the parts of a stream, put together as they would have come in one piece."""
-
-    def __init__(self, taken_call_ids: frozenset[str] = frozenset()):
-        self.taken_call_ids = taken_call_ids
-        self.content: list[str] = []
-        self.thinking: list[str] = []
-        self.blocks: list[dict[str, Any]] = []
-        self.calls: dict[int, dict[str, Any]] = {}
-        self.fields: dict[str, Any] = {}
-        self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self.cost: Decimal | None = None
-        self.request_id: str | None = None
-
-    def take(self, response: Any) -> None:
-        """A whole response."""
-        self._take_envelope(response)
-        choice = response.choices[0]
-        self.finish_reason = getattr(choice, "finish_reason", None)
-        self._add_delta(choice.message)
-
-    def add(self, part: Any) -> tuple[list[Chunk], bool]:
-        """A part of a stream: what there is to show of it, and whether the model has said anything in it."""
-        self._take_envelope(part)
-        choices = getattr(part, "choices", None)
-        if not choices:
-            return [], False
-        self.finish_reason = getattr(choices[0], "finish_reason", None) or self.finish_reason
-        content, thinking, had_calls = self._add_delta(choices[0].delta)
-        chunks = [Chunk(thinking=thinking)] if thinking else []
-        if content:
-            chunks.append(Chunk(content=content))
-        return chunks, bool(chunks) or had_calls
-
-    def _take_envelope(self, response: Any) -> None:
-        usage = getattr(response, "usage", None)
-        if usage is not None:
-            # Cumulative where a provider sends it more than once: the last one counts, never the sum.
-            self.usage = parse_usage(usage)
-            reported = getattr(usage, "cost", None)
-            self.cost = Decimal(str(reported)) if reported is not None else self.cost
-        self.request_id = self.request_id or getattr(response, "id", None)
-
-    def _add_delta(self, delta: Any) -> tuple[str, str, bool]:
-        content = getattr(delta, "content", None) or ""
-        thinking = getattr(delta, "reasoning_content", None) or ""
-        if content:
-            self.content.append(content)
-        if thinking:
-            self.thinking.append(thinking)
-        for block in getattr(delta, "thinking_blocks", None) or ():
-            self._add_block(block)
-        calls = getattr(delta, "tool_calls", None) or ()
-        for position, call in enumerate(calls):
-            self._add_call(position, call)
-        for name, value in (getattr(delta, "provider_specific_fields", None) or {}).items():
-            _merge(self.fields, name, value)
-        return content, thinking, bool(calls)
-
-    def _add_block(self, block: Any) -> None:
-        block = dict(block)
-        last = self.blocks[-1] if self.blocks else None
-        if last and block.get("type") == last.get("type") == "thinking" and not last.get("signature"):
-            last["thinking"] = (last.get("thinking") or "") + (block.get("thinking") or "")
-            last["signature"] = block.get("signature")
-        else:
-            self.blocks.append(block)
-
-    def _add_call(self, position: int, call: Any) -> None:
-        index = getattr(call, "index", None)
-        known = self.calls.setdefault(position if index is None else index, {"id": "", "name": "", "arguments": ""})
-        known["id"] = known["id"] or getattr(call, "id", None) or ""
-        known["name"] = known["name"] or getattr(call.function, "name", None) or ""
-        known["arguments"] += getattr(call.function, "arguments", None) or ""
-        for name, value in (getattr(call, "provider_specific_fields", None) or {}).items():
-            _merge(known.setdefault("fields", {}), name, value)
-
-    @property
-    def has_output(self) -> bool:
-        return bool(self.content or self.thinking or self.calls)
-
-    def everything_written(self) -> str:
-        arguments = (call["name"] + call["arguments"] for call in self.calls.values())
-        return "".join([*self.thinking, *self.content, *arguments])
-
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls, each with an id that no other call of the turn has."""
-        taken = set(self.taken_call_ids)
-        calls = []
-        for index in sorted(self.calls):
-            call = self.calls[index]
-            call["id"] = _fresh_id(call["id"], taken)
-            taken.add(call["id"])
-            signature = call.get("fields", {}).get("thought_signature")
-            calls.append(ToolCall(call["id"], call["name"], call["arguments"], signature))
-        return tuple(calls)
-
-    def reply(self, model: str, provider: str, usage: Usage, cost: Decimal | None) -> Reply:
-        signatures = [block["signature"] for block in self.blocks if block.get("signature")]
-        calls = self.tool_calls()
-        return Reply(
-            content="".join(self.content) or None,
-            thinking="".join(self.thinking) or None,
-            thinking_signature=signatures[-1] if signatures else None,
-            tool_calls=calls,
-            message=self._message(calls),
-            usage=usage,
-            cost=cost,
-            finish_reason=self.finish_reason,
-            model=model,
-            provider=provider,
-            provider_request_id=self.request_id,
-        )
-
-    def _message(self, calls: tuple[ToolCall, ...]) -> Message:
-        """The assistant message as litellm wants it back."""
-        message: Message = {"role": "assistant", "content": "".join(self.content) or None}
-        if self.blocks:
-            message["thinking_blocks"] = self.blocks
-        elif self.thinking:
-            message["reasoning_content"] = "".join(self.thinking)
-        if calls:
-            message["tool_calls"] = [
-                render_tool_call(call, self.calls[index].get("fields"))
-                for call, index in zip(calls, sorted(self.calls), strict=True)
-            ]
-        if self.fields:
-            message["provider_specific_fields"] = self.fields
-        return message
-
-
-def render_tool_call(call: ToolCall, fields: Mapping[str, Any] | None) -> dict[str, Any]:
-    rendered: dict[str, Any] = {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
-    if fields:
-        rendered["provider_specific_fields"] = dict(fields)
-    return rendered
-
-
-def parse_usage(usage: Any) -> Usage:
-    """litellm's usage object, in which `prompt_tokens` includes what the provider's cache held."""
-    prompt = getattr(usage, "prompt_tokens_details", None)
-    completion = getattr(usage, "completion_tokens_details", None)
-
-    def count(owner: Any, name: str) -> int:
-        value = getattr(owner, name, None)
-        return value if isinstance(value, int) and value > 0 else 0
-
-    return Usage(
-        input_tokens=count(usage, "prompt_tokens"),
-        output_tokens=count(usage, "completion_tokens"),
-        cached_tokens=count(prompt, "cached_tokens") or count(usage, "cache_read_input_tokens"),
-        cache_write_tokens=count(prompt, "cache_creation_tokens") or count(usage, "cache_creation_input_tokens"),
-        thinking_tokens=count(completion, "reasoning_tokens"),
-    )
-
-
-# What an error means
-
-RETRYABLE = frozenset(
-    "RateLimitError InternalServerError ServiceUnavailableError BadGatewayError APIConnectionError Timeout "
-    "APIResponseValidationError MidStreamFallbackError".split()
-)
-FINAL = frozenset(
-    "AuthenticationError BadRequestError BudgetExceededError ContentPolicyViolationError ContextWindowExceededError "
-    "ImageFetchError InvalidRequestError JSONSchemaValidationError LiteLLMUnknownProvider MockException NotFoundError "
-    "PermissionDeniedError RejectedRequestError UnprocessableEntityError UnsupportedParamsError APIError".split()
-)
-
-
-def is_retryable(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later."""
-    if not isinstance(error, Exception) or "insufficient_quota" in str(error):
-        return False
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if names & FINAL and not type(error).__name__ in RETRYABLE:
-        return False
-    if names & RETRYABLE or isinstance(error, ConnectionError | TimeoutError):
-        return True
-    status = getattr(error, "status_code", None)
-    return isinstance(status, int) and (status in (408, 429) or status >= 500)
-
-
-def status_of(error: BaseException) -> int:
-    """The HTTP status: 499 where we hung up, 0 where there was none."""
-    if not isinstance(error, Exception):
-        return 499
-    if any(cls.__name__ == "APIConnectionError" for cls in type(error).__mro__):
-        return 0  # litellm says 500 here, which no server did
-    status = getattr(error, "status_code", None)
-    return status if isinstance(status, int) else 0
-
-
-def retry_after_of(error: BaseException) -> float | None:
-    """Seconds that the provider asked us to wait, by its Retry-After header (RFC 9110, 10.2.3)."""
-    own = getattr(error, "retry_after", None)
-    if own is not None:
-        return float(own)
-    for headers in (
-        getattr(getattr(error, "response", None), "headers", None),
-        getattr(error, "litellm_response_headers", None),
-        getattr(error, "headers", None),
-    ):
-        value = headers.get("retry-after") if headers else None
-        if value:
-            return _seconds(value)
-    return None
-
-
-def _seconds(value: str) -> float | None:
-    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
-        return float(value)
-    try:
-        return max((email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (TypeError, ValueError):
-        return None
-
-
-def _fresh_id(wanted: str, taken: set[str]) -> str:
-    if wanted and wanted not in taken:
-        return wanted
-    number = 2
-    while f"{wanted or 'call'}_{number}" in taken:
-        number += 1
-    return f"{wanted or 'call'}_{number}"
-
-
-def _merge(into: dict[str, Any], name: str, value: Any) -> None:
-    """Add a piece of a provider's own field: lists grow, what is said again replaces what was said before."""
-    if isinstance(value, list) and isinstance(into.get(name), list):
-        into[name] = into[name] + value
-    elif value is not None:
-        into[name] = value
+def _for_provider(messages: list[Message], provider: str) -> list[Message]:
+    """The messages as they may be sent: OpenAI refuses the fields that others need back."""
+    if provider not in ("openai", "azure"):
+        return messages
+    return [
+        {name: value for name, value in message.items() if name not in ("thinking_blocks", "provider_specific_fields")}
+        if message["role"] == "assistant"
+        else message
+        for message in messages
+    ]
 
 
 def _close(response: Any) -> None:
-    close = getattr(response, "close", None)
+    close = getattr(_connection_of(response), "close", None)
     if close is not None:
         close()
 
 
 async def _aclose(response: Any) -> None:
-    close = getattr(response, "aclose", None)
+    source = _connection_of(response)
+    close = getattr(source, "aclose", None) or getattr(source, "close", None)
     if close is not None:
-        await close()
+        closing = close()
+        if inspect.isawaitable(closing):
+            await closing
+    if source is not response and hasattr(response, "aclose"):
+        await response.aclose()
+
+
+def _connection_of(response: Any) -> Any:
+    """What must be closed for the provider to see that we hung up: litellm's own stream object does not pass it on."""
+    if not hasattr(response, "completion_stream"):
+        return response
+    source = response.completion_stream
+    return getattr(source, "streaming_response", source)

@@ -8,7 +8,7 @@ import asyncio
 import contextvars
 import inspect
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import aclosing, closing
@@ -47,7 +47,7 @@ def advance(flow: Flow, value: Any = None, error: BaseException | None = None) -
         return Step(error=ending)
 
 
-def play(turn: Turn, outcome: Outcome) -> Iterator[Chunk]:
+def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
     flow, tools = turn.run(), _Threads(turn.setting.options.toolbox)
     try:
         step = advance(flow)
@@ -58,8 +58,7 @@ def play(turn: Turn, outcome: Outcome) -> Iterator[Chunk]:
                     call = Call(request)
                     try:
                         with closing(call.chunks()) as chunks:
-                            for chunk in chunks:
-                                yield chunk
+                            yield from chunks
                     except BaseException as problem:
                         value = call.ended(problem)
                     else:
@@ -121,9 +120,10 @@ class _Threads:
             self.executor.shutdown(wait=False, cancel_futures=True)
 
 
-async def aplay(turn: Turn, outcome: Outcome) -> AsyncIterator[Chunk]:
+async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
     flow, tools = turn.run(), _Tasks(turn.setting.options.toolbox)
     off_the_loop = turn.store.off_the_loop
+    step: Step | None = None
     try:
         step = await off_the_loop(advance, flow)
         while step.effect is not None:
@@ -150,7 +150,7 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncIterator[Chunk]:
         outcome.message = step.result
     finally:
         await tools.close()
-        if flow.gi_frame is not None:
+        if step is None or step.effect is not None:
             await off_the_loop(flow.close)
 
 

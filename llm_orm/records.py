@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 from uuid import UUID
 
 import peewee as pw
+
+T = TypeVar("T")
 
 
 def uuid7() -> UUID:
@@ -70,8 +72,18 @@ class JSONField(pw.JSONField):
         super().__init__(dumps=None, loads=None, **kwargs)
 
 
+class Column(Generic[T]):
+    """What a type checker is told of a field: a field to query with on the class, a `T` on an instance."""
+
+    @overload
+    def __get__(self, instance: None, owner: Any) -> Any: ...
+    @overload
+    def __get__(self, instance: object, owner: Any) -> T: ...
+    def __get__(self, instance: Any, owner: Any) -> Any: ...
+    def __set__(self, instance: object, value: T) -> None: ...
+
+
 def column(field: pw.Field) -> Any:
-    """The field, which on an instance reads as the type that the attribute is annotated with."""
     return field
 
 
@@ -92,14 +104,14 @@ class Record(pw.Model):
 class LlmChat(Record):
     """One conversation. The application's own columns stand beside these."""
 
-    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
-    model: str | None = column(pw.TextField(null=True))
-    provider: str | None = column(pw.TextField(null=True))
-    instructions: str | None = column(pw.TextField(null=True))
-    metadata: Any = column(JSONField(null=True))
+    id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
+    model: Column[str | None] = column(pw.TextField(null=True))
+    provider: Column[str | None] = column(pw.TextField(null=True))
+    instructions: Column[str | None] = column(pw.TextField(null=True))
+    metadata: Column[Any] = column(JSONField(null=True))
     """Whatever JSON the application gave."""
-    created_at: datetime = column(TimeField(default=now))
-    updated_at: datetime = column(TimeField(default=now))
+    created_at: Column[datetime] = column(TimeField(default=now))
+    updated_at: Column[datetime] = column(TimeField(default=now))
 
     indexes = (("created_at",),)
 
@@ -107,29 +119,29 @@ class LlmChat(Record):
 class LlmMessage(Record):
     """What the user said, or what the assistant answered: one row each for every `ask`."""
 
-    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
-    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="messages", index=False))
-    chat_id: UUID
-    position: int = column(pw.IntegerField())
+    id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
+    chat: Column[Any] = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="messages", index=False))
+    chat_id: Column[UUID]
+    position: Column[int] = column(pw.IntegerField())
     """The order within the chat: never a time, never an id."""
-    role: str = column(pw.TextField())
-    status: str = column(pw.TextField(default="completed"))
+    role: Column[str] = column(pw.TextField())
+    status: Column[str] = column(pw.TextField(default="completed"))
     """pending: a turn is running; incomplete: it was stopped; failed: it ended in an error; else completed."""
-    content: str | None = column(pw.TextField(null=True))
-    content_raw: Any = column(JSONField(null=True))
+    content: Column[str | None] = column(pw.TextField(null=True))
+    content_raw: Column[Any] = column(JSONField(null=True))
     """Of an assistant row that is more than text: {"rounds": [assistant message, …]}, as the model is to see them."""
-    thinking_text: str | None = column(pw.TextField(null=True))
-    thinking_signature: str | None = column(pw.TextField(null=True))
-    thinking_tokens: int | None = column(pw.IntegerField(null=True))
-    input_tokens: int | None = column(pw.IntegerField(null=True))
+    thinking_text: Column[str | None] = column(pw.TextField(null=True))
+    thinking_signature: Column[str | None] = column(pw.TextField(null=True))
+    thinking_tokens: Column[int | None] = column(pw.IntegerField(null=True))
+    input_tokens: Column[int | None] = column(pw.IntegerField(null=True))
     """Summed over the requests of the turn, as are the other tokens."""
-    output_tokens: int | None = column(pw.IntegerField(null=True))
-    cached_tokens: int | None = column(pw.IntegerField(null=True))
-    model_id: str | None = column(pw.TextField(null=True))
-    provider: str | None = column(pw.TextField(null=True))
-    request_key: str | None = column(pw.TextField(null=True))
-    created_at: datetime = column(TimeField(default=now))
-    updated_at: datetime = column(TimeField(default=now))
+    output_tokens: Column[int | None] = column(pw.IntegerField(null=True))
+    cached_tokens: Column[int | None] = column(pw.IntegerField(null=True))
+    model_id: Column[str | None] = column(pw.TextField(null=True))
+    provider: Column[str | None] = column(pw.TextField(null=True))
+    request_key: Column[str | None] = column(pw.TextField(null=True))
+    created_at: Column[datetime] = column(TimeField(default=now))
+    updated_at: Column[datetime] = column(TimeField(default=now))
     """Of a pending row: the last sign of life of the process that works on it."""
 
     checks = (
@@ -143,35 +155,35 @@ class LlmMessage(Record):
 class LlmToolCall(Record):
     """One call of a tool by the model, and its result."""
 
-    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
-    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="tool_calls", index=False))
-    chat_id: UUID
-    message: Any = column(
+    id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
+    chat: Column[Any] = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="tool_calls", index=False))
+    chat_id: Column[UUID]
+    message: Column[Any] = column(
         pw.ForeignKeyField(LlmMessage, on_delete="SET NULL", backref="tool_calls", null=True, index=False)
     )
-    message_id: UUID | None
+    message_id: Column[UUID | None]
     """The assistant message; NULL once its turn was rolled back."""
-    turn_id: UUID = column(pw.UUIDField())
+    turn_id: Column[UUID] = column(pw.UUIDField())
     """The user message that opened the turn."""
-    round: int = column(pw.IntegerField())
+    round: Column[int] = column(pw.IntegerField())
     """Which call of the model asked for it, from 0."""
-    position: int = column(pw.IntegerField())
+    position: Column[int] = column(pw.IntegerField())
     """The order within the round, from 0."""
-    tool_call_id: str = column(pw.TextField())
-    name: str = column(pw.TextField())
-    arguments: str = column(pw.TextField())
+    tool_call_id: Column[str] = column(pw.TextField())
+    name: Column[str] = column(pw.TextField())
+    arguments: Column[str] = column(pw.TextField())
     """JSON, to the letter as the model wrote it."""
-    thought: str | None = column(pw.TextField(null=True))
-    thought_signature: str | None = column(pw.TextField(null=True))
-    result: str | None = column(pw.TextField(null=True))
+    thought: Column[str | None] = column(pw.TextField(null=True))
+    thought_signature: Column[str | None] = column(pw.TextField(null=True))
+    result: Column[str | None] = column(pw.TextField(null=True))
     """The text that the model is shown."""
-    status: str = column(pw.TextField(default="pending"))
+    status: Column[str] = column(pw.TextField(default="pending"))
     """pending: asked for, not started; running: started; completed; failed; rejected: a person said no."""
-    error: str | None = column(pw.TextField(null=True))
-    duration_ms: int | None = column(pw.IntegerField(null=True))
-    metadata: Any = column(JSONField(null=True))
-    created_at: datetime = column(TimeField(default=now))
-    finished_at: datetime | None = column(TimeField(null=True))
+    error: Column[str | None] = column(pw.TextField(null=True))
+    duration_ms: Column[int | None] = column(pw.IntegerField(null=True))
+    metadata: Column[Any] = column(JSONField(null=True))
+    created_at: Column[datetime] = column(TimeField(default=now))
+    finished_at: Column[datetime | None] = column(TimeField(null=True))
 
     checks = (one_of("status", ("pending", "running", "completed", "failed", "rejected")),)
     unique = (("message", "tool_call_id"),)
@@ -181,41 +193,43 @@ class LlmToolCall(Record):
 class LlmRequest(Record):
     """One call that reached a provider: what it took and what it cost. Outlives its message and its chat."""
 
-    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
-    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="SET NULL", backref="requests", null=True, index=False))
-    chat_id: UUID | None
-    message: Any = column(
+    id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
+    chat: Column[Any] = column(
+        pw.ForeignKeyField(LlmChat, on_delete="SET NULL", backref="requests", null=True, index=False)
+    )
+    chat_id: Column[UUID | None]
+    message: Column[Any] = column(
         pw.ForeignKeyField(LlmMessage, on_delete="SET NULL", backref="requests", null=True, index=True)
     )
-    message_id: UUID | None
-    turn_id: UUID | None = column(pw.UUIDField(null=True))
-    source: str = column(pw.TextField(default="chat"))
-    round: int = column(pw.IntegerField(default=0))
-    attempt: int = column(pw.IntegerField(default=1))
+    message_id: Column[UUID | None]
+    turn_id: Column[UUID | None] = column(pw.UUIDField(null=True))
+    source: Column[str] = column(pw.TextField(default="chat"))
+    round: Column[int] = column(pw.IntegerField(default=0))
+    attempt: Column[int] = column(pw.IntegerField(default=1))
     """1 for the first try of a round, 2 for its first retry, …"""
-    provider: str = column(pw.TextField())
-    model: str = column(pw.TextField())
-    status_code: int = column(pw.IntegerField())
+    provider: Column[str] = column(pw.TextField())
+    model: Column[str] = column(pw.TextField())
+    status_code: Column[int] = column(pw.IntegerField())
     """HTTP status; 499 where we hung up, 0 where the connection failed before there was one."""
-    error: str | None = column(pw.TextField(null=True))
+    error: Column[str | None] = column(pw.TextField(null=True))
     """The class of the exception."""
-    error_message: str | None = column(pw.TextField(null=True))
-    finish_reason: str | None = column(pw.TextField(null=True))
-    duration_ms: int = column(pw.IntegerField())
-    first_token_ms: int | None = column(pw.IntegerField(null=True))
-    streamed: bool = column(pw.BooleanField(default=False))
-    input_tokens: int = column(pw.IntegerField(default=0))
-    output_tokens: int = column(pw.IntegerField(default=0))
-    cached_tokens: int = column(pw.IntegerField(default=0))
-    cache_write_tokens: int = column(pw.IntegerField(default=0))
-    thinking_tokens: int = column(pw.IntegerField(default=0))
-    usage_estimated: bool = column(pw.BooleanField(default=False))
+    error_message: Column[str | None] = column(pw.TextField(null=True))
+    finish_reason: Column[str | None] = column(pw.TextField(null=True))
+    duration_ms: Column[int] = column(pw.IntegerField())
+    first_token_ms: Column[int | None] = column(pw.IntegerField(null=True))
+    streamed: Column[bool] = column(pw.BooleanField(default=False))
+    input_tokens: Column[int] = column(pw.IntegerField(default=0))
+    output_tokens: Column[int] = column(pw.IntegerField(default=0))
+    cached_tokens: Column[int] = column(pw.IntegerField(default=0))
+    cache_write_tokens: Column[int] = column(pw.IntegerField(default=0))
+    thinking_tokens: Column[int] = column(pw.IntegerField(default=0))
+    usage_estimated: Column[bool] = column(pw.BooleanField(default=False))
     """True where the provider sent no usage and the tokens were counted here."""
-    cost: Decimal | None = column(MoneyField(null=True))
+    cost: Column[Decimal | None] = column(MoneyField(null=True))
     """NULL: unknown. Never 0 for that."""
-    correction_rounds: int | None = column(pw.IntegerField(null=True))
-    provider_request_id: str | None = column(pw.TextField(null=True))
-    created_at: datetime = column(TimeField(default=now))
+    correction_rounds: Column[int | None] = column(pw.IntegerField(null=True))
+    provider_request_id: Column[str | None] = column(pw.TextField(null=True))
+    created_at: Column[datetime] = column(TimeField(default=now))
 
     checks = (one_of("source", ("chat", "response", "run")),)
     indexes = (("chat", "created_at"), ("created_at",))
@@ -224,13 +238,13 @@ class LlmRequest(Record):
 class LlmAgentSession(Record):
     """Ties a class of agent to a chat."""
 
-    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
-    agent_class: str = column(pw.TextField())
-    chat: Any = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="agent_sessions", unique=True))
-    chat_id: UUID
-    metadata: Any = column(JSONField(null=True))
-    created_at: datetime = column(TimeField(default=now))
-    updated_at: datetime = column(TimeField(default=now))
+    id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
+    agent_class: Column[str] = column(pw.TextField())
+    chat: Column[Any] = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="agent_sessions", unique=True))
+    chat_id: Column[UUID]
+    metadata: Column[Any] = column(JSONField(null=True))
+    created_at: Column[datetime] = column(TimeField(default=now))
+    updated_at: Column[datetime] = column(TimeField(default=now))
 
     indexes = (("agent_class",), ("created_at",))
 
@@ -238,17 +252,19 @@ class LlmAgentSession(Record):
 class LlmAttachment(Record):
     """A file that came with a message."""
 
-    id: UUID = column(pw.UUIDField(primary_key=True, default=uuid7))
-    message: Any = column(pw.ForeignKeyField(LlmMessage, on_delete="CASCADE", backref="attachments", index=False))
-    message_id: UUID
-    position: int = column(pw.IntegerField())
-    media_type: str = column(pw.TextField())
-    filename: str | None = column(pw.TextField(null=True))
-    size: int = column(pw.BigIntegerField())
+    id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
+    message: Column[Any] = column(
+        pw.ForeignKeyField(LlmMessage, on_delete="CASCADE", backref="attachments", index=False)
+    )
+    message_id: Column[UUID]
+    position: Column[int] = column(pw.IntegerField())
+    media_type: Column[str] = column(pw.TextField())
+    filename: Column[str | None] = column(pw.TextField(null=True))
+    size: Column[int] = column(pw.BigIntegerField())
     """Bytes."""
-    sha256: str = column(pw.TextField())
-    content: bytes | None = column(pw.BlobField(null=True))
-    url: str | None = column(pw.TextField(null=True))
+    sha256: Column[str] = column(pw.TextField())
+    content: Column[bytes | None] = column(pw.BlobField(null=True))
+    url: Column[str | None] = column(pw.TextField(null=True))
 
     unique = (("message", "position"),)
 

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import peewee as pw
 
-from .records import JSONField, LlmMessage, Record, Records, now
+from .records import JSONField, Record, Records, now
 
 
 class Sql(NamedTuple):
@@ -64,30 +64,18 @@ class Statements:
             )
         return Sql(self._texts[key], tuple(params + more))
 
-    def reopen(self, message_id: UUID) -> list[Sql]:
-        """Make a placeholder again of an assistant message that failed; its requests and tool calls stay on record."""
-        empty = {
-            field.column_name: None
-            for field in self.records.message._meta.sorted_fields  # type: ignore[attr-defined]
-            if field.null and field.name != "request_key" and field.name in LlmMessage._meta.fields  # type: ignore[attr-defined]
-        }
-        values = {**empty, "status": "pending", "updated_at": now()}
-        return [
-            self.update(self.records.tool_call, {"message_id": None}, message_id=message_id),
-            self.update(self.records.message, values, id=message_id),
-        ]
-
     def delete(self, record: type[Record], **where: Any) -> Sql:
         conditions, params = self._values(record, where)
         return Sql(f"DELETE FROM {_table(record)} WHERE {_all_of(where, conditions)}", tuple(params))
 
-    def interrupt_tool_calls(self, chat_id: UUID, turn_id: UUID) -> Sql:
-        """Say of the calls that will not be finished that they were not."""
+    def interrupt_tool_calls(self, **message: Any) -> Sql:
+        """Say of a message's calls that will not be finished that they were not."""
+        conditions, params = self._values(self.records.message, message)
         return Sql(
             f"UPDATE {_table(self.records.tool_call)} SET status = 'failed', error = 'interrupted', "
-            f"finished_at = {self.param} "
-            f"WHERE chat_id = {self.param} AND turn_id = {self.param} AND status IN ('pending', 'running')",
-            (now().isoformat(" ", "microseconds"), chat_id.hex, turn_id.hex),
+            f"finished_at = {self.param} WHERE status IN ('pending', 'running') AND message_id IN "
+            f"(SELECT id FROM {_table(self.records.message)} WHERE {_all_of(message, conditions)})",
+            (now().isoformat(" ", "microseconds"), *params),
         )
 
     def beat(self, message_ids: Sequence[UUID]) -> Sql:
@@ -101,9 +89,10 @@ class Statements:
     # Reading
 
     def messages_after(self, chat_id: UUID, position: int) -> Sql:
-        """(id, position, role, status, content, content_raw) in order."""
+        """(id, position, role, status, content, content_raw, provider) in order."""
         return Sql(
-            f"SELECT id, position, role, status, content, content_raw FROM {_table(self.records.message)} "
+            "SELECT id, position, role, status, content, content_raw, provider "
+            f"FROM {_table(self.records.message)} "
             f"WHERE chat_id = {self.param} AND position > {self.param} ORDER BY position",
             (chat_id.hex, position),
         )
@@ -118,9 +107,9 @@ class Statements:
         )
 
     def pending_message(self, chat_id: UUID) -> Sql:
-        """(id, position, updated_at) of the message that a turn is working on."""
+        """(id, updated_at) of the message that a turn is working on."""
         return Sql(
-            f"SELECT id, position, updated_at FROM {_table(self.records.message)} "
+            f"SELECT id, updated_at FROM {_table(self.records.message)} "
             f"WHERE chat_id = {self.param} AND status = 'pending'",
             (chat_id.hex,),
         )

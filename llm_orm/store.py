@@ -6,6 +6,7 @@ become ours here.
 
 import asyncio
 import contextvars
+import functools
 import os
 import re
 import sqlite3
@@ -153,7 +154,7 @@ class Store:
             self._execute("ROLLBACK", ())
 
     def check_outside_transaction(self) -> None:
-        """Raise `InsideTransaction` where this thread has a transaction open: a turn's rows must outlive its rollback."""
+        """Raise `InsideTransaction` where this thread has a transaction open: a turn's rows must outlive it."""
         if self.database.in_transaction():
             raise InsideTransaction(
                 "ask() was called inside a transaction of yours; call it outside of `with database.atomic()`: "
@@ -166,8 +167,8 @@ class Store:
         """Run database code on a thread of the store's own, to its end even if the caller is cancelled."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="llm_orm")
-        context = contextvars.copy_context()
-        work = asyncio.get_running_loop().run_in_executor(self._executor, context.run, function, *arguments)
+        run = functools.partial(contextvars.copy_context().run, function, *arguments)
+        work: asyncio.Future[T] = asyncio.get_running_loop().run_in_executor(self._executor, run)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -211,10 +212,13 @@ class Store:
             return TablesMissing(f'{described(self.database)}: {text}; run "llm-orm migrate" or store.create_tables()')
         if isinstance(error, (pw.OperationalError, pw.InterfaceError)):
             return DatabaseUnavailable(f"{described(self.database)} did not answer: {without_password(text)}")
+        if _NO_DATABASE.search(text):
+            return InvalidDatabase(f"{described(self.database)} cannot be opened: {without_password(text)}")
         return None
 
 
 _MISSING = re.compile(r"no such (table|column)|has no column named|(relation|column) .* does not exist")
+_NO_DATABASE = re.compile(r"file is not a database|^invalid dsn")
 
 
 def connect(
@@ -377,5 +381,5 @@ def described(database: pw.Database) -> str:
 
 
 def without_password(text: str) -> str:
-    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):.*@", r"\1:***@", text)
     return re.sub(r"(password=)[^&\s]*", r"\1***", text)

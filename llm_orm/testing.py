@@ -93,10 +93,10 @@ Scripted = str | Say | Call | Sequence[Call] | BaseException | Callable[[dict[st
 
 
 class ScriptedLLM:
-    """What a chat takes as `llm=` in a test. Gives the replies of its script in order, to `completion` and `acompletion`.
+    """What a chat takes as `llm=` in a test. Gives the replies of its script, in order.
 
-    script    a string, a `Say`, a `Call` or a list of them (one round of tool calls), an exception to raise, or a function
-              of the call's keywords that returns one of these
+    script    a string, a `Say`, a `Call` or a list of them (one round of tool calls), an exception to raise, or a
+              function of the call's keywords that returns one of these
     provider  what the rows say
     input_cost_per_token, output_cost_per_token
               US dollars; default: the model has no known price, and its requests cost NULL

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +17,7 @@ class Transcript:
     """The messages of one chat, kept between turns and brought up to date from the rows behind `position`."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, list[Message]]] = []
+        self._rows: list[tuple[int, str | None, list[Message]]] = []
 
     @property
     def position(self) -> int:
@@ -29,25 +29,37 @@ class Transcript:
         while self.position >= position:
             self._rows.pop()
 
-    def add(self, rows: Iterable[tuple], results: Callable[[list[UUID]], Mapping[tuple[UUID, str], str]]) -> None:
-        """Add rows (id, position, role, status, content, content_raw), in order; pending ones are left for later.
+    def add(self, rows: Sequence[tuple], results: Callable[[list[UUID]], Mapping[tuple[UUID, str], str]]) -> None:
+        """Add rows (id, position, role, status, content, content_raw, provider), in order; pending ones wait.
+
+        They replace what was known from their first position on.
 
         results    looks up the results of tool calls, by (message id, tool call id)
         """
+        self.rewind(rows[0][1])
         settled = list(itertools.takewhile(lambda row: row[3] != "pending", rows))
         with_tools = [as_uuid(row[0]) for row in settled if row[5] and row[2] == "assistant"]
         known = results(with_tools) if with_tools else {}
-        for row_id, position, role, _, content, raw in settled:
+        for row_id, position, role, _, content, raw, provider in settled:
             if role == "assistant":
                 messages = assistant_messages(as_uuid(row_id), content, as_json(raw), known)
             else:
                 messages = [{"role": role, "content": content}] if content is not None else []
-            self._rows.append((position, messages))
+            self._rows.append((position, provider, messages))
 
-    def shown(self, instructions: str | None, history: History = None) -> list[Message]:
-        """The messages for a call: fresh copies, the instructions first, the last user message always in."""
-        everything = [message for _, messages in self._rows for message in messages]
-        messages = [_copied(message) for message in limited(everything, history)]
+    def shown(self, instructions: str | None, history: History = None, provider: str | None = None) -> list[Message]:
+        """The messages for a call: fresh copies, the instructions first, the last user message always in.
+
+        provider    who is called: what another provider wrote is shown without that provider's own fields
+        """
+        everything = [
+            message if not provider or not writer or writer == provider else _without_provider_fields(message)
+            for _, writer, messages in self._rows
+            for message in messages
+        ]
+        # The last one is the question.
+        chosen = [*limited(everything[:-1], history), *everything[-1:]]
+        messages = [_copied(message) for message in chosen]
         return [{"role": "system", "content": instructions}, *messages] if instructions else messages
 
 
@@ -68,7 +80,7 @@ def assistant_messages(
             if message.get("content"):
                 messages.append({"role": "assistant", "content": message["content"]})
             continue
-        if calls or message.get("content") or message.get("thinking_blocks"):
+        if calls or message.get("content"):
             messages.append(message)
         messages += tool_messages([call["id"] for call in calls], found)
     return messages
@@ -80,30 +92,45 @@ def tool_messages(ids: Iterable[str], results: Iterable[str | None]) -> list[Mes
 
 
 def limited(messages: list[Message], history: History) -> list[Message]:
-    """The messages that `history` lets through, with no tool round cut in two."""
+    """The earlier messages that `history` lets through, with no tool round cut in two."""
     if history is None:
         return messages
     if callable(history):
         return whole_rounds(history([_copied(message) for message in messages]))
-    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    # The question itself, and the n turns before it.
-    start = starts[-(history + 1)] if len(starts) > history else 0
-    kept = {id(message) for message in messages[start:]}
-    return [message for message in messages if id(message) in kept or message["role"] == "system"]
+    starts = [0, *(index for index, message in enumerate(messages) if message["role"] == "user"), len(messages)]
+    start = starts[max(-(history + 1), -len(starts))]
+    return [message for index, message in enumerate(messages) if index >= start or message["role"] == "system"]
 
 
 def whole_rounds(messages: list[Message]) -> list[Message]:
-    """The messages less every tool call that lacks its result, and every result that lacks its call."""
-    answered = {message.get("tool_call_id") for message in messages if message["role"] == "tool"}
+    """The messages less every tool call whose results are not right behind it, and every result without its call."""
     whole: list[Message] = []
-    asked: set[str] = set()
-    for message in messages:
-        calls = {call["id"] for call in message.get("tool_calls") or []}
-        if calls - answered or (message["role"] == "tool" and message.get("tool_call_id") not in asked):
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
             continue
-        asked |= calls
-        whole.append(message)
+        results = list(itertools.takewhile(lambda following: following["role"] == "tool", messages[index + 1 :]))
+        calls = {call["id"] for call in message.get("tool_calls") or []}
+        if calls == {result["tool_call_id"] for result in results}:
+            whole += [message, *results]
+        elif not calls:
+            whole.append(message)
     return whole
+
+
+PROVIDER_FIELDS = ("thinking_blocks", "reasoning_content", "provider_specific_fields")
+"""Thinking and its signatures: no provider accepts another's."""
+
+
+def _without_provider_fields(message: Message) -> Message:
+    if not message.get("tool_calls") and not any(name in message for name in PROVIDER_FIELDS):
+        return message
+    plain = {name: value for name, value in message.items() if name not in PROVIDER_FIELDS}
+    if message.get("tool_calls"):
+        plain["tool_calls"] = [
+            {name: value for name, value in call.items() if name not in PROVIDER_FIELDS}
+            for call in message["tool_calls"]
+        ]
+    return plain
 
 
 def _copied(message: Message) -> Message:

@@ -1,8 +1,8 @@
 """One turn of a chat, in order, as a generator.
 
 `Turn.run()` reads and writes the database itself, in short steps, and *yields* what has to happen outside of it:
-`CallModel`, `RunTools`, `CallHook`, `Wait`. `play.py` performs what is yielded and sends back how it went. No transaction
-is open across a yield, and the rows alone say what is to be done next.
+`CallModel`, `RunTools`, `CallHook`, `Wait`. `play.py` performs what is yielded and sends back how it went. No
+transaction is open across a yield, and the rows alone say what is to be done next.
 """
 
 import copy
@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -76,6 +77,8 @@ class Setting:
     options: Options
     hooks: Hooks
     llm: Any
+    answering_provider: str
+    """The provider that will be called: the one named, or the one that the model belongs to."""
 
 
 @dataclass
@@ -98,12 +101,15 @@ class Turn:
     results: dict[str, str] = field(default_factory=dict)
     call_ids: set[str] = field(default_factory=set)
     usage: Usage = Usage()
-    partial: Reply | None = None
+    received: Reply | None = None
+    """What the model said last, whole or in part."""
+    opened_at: datetime = field(default_factory=now)
     is_settled: bool = False
 
     def run(self) -> Flow:
-        yield from self._claim()
+        rows = yield from self._claim()
         try:
+            self._read(rows)
             with self.store.heart.beating(self.message_id):
                 return (yield from self._converse())
         except BaseException as error:
@@ -113,12 +119,11 @@ class Turn:
 
     # The claim: the user's message and the placeholder, or ChatBusy
 
-    def _claim(self) -> Generator[Effect, Any, None]:
+    def _claim(self) -> Generator[Effect, Any, list[tuple]]:
         waited = 0.0
         while True:
             try:
-                rows = self._open()
-                break
+                return self._open()
             except pw.IntegrityError as error:
                 if not self._make_room(error):
                     if waited >= self.setting.options.wait:
@@ -126,43 +131,47 @@ class Turn:
                     pause = min(POLL_EVERY_S, self.setting.options.wait - waited)
                     waited += pause
                     yield Wait(pause)
+
+    def _read(self, rows: list[tuple]) -> None:
         self.position = rows[-1][1]
         self.transcript.add(rows, self._tool_results)
-        self.messages = self.transcript.shown(self.setting.instructions, self.setting.options.history)
+        setting = self.setting
+        self.messages = self.transcript.shown(setting.instructions, setting.options.history, setting.answering_provider)
         self._log("opened at position %d, %d messages", self.position, len(self.messages))
 
     def _open(self) -> list[tuple]:
         """Write the turn's first two rows and read what the transcript has not seen yet: one transaction."""
-        sql, chat_id, time = self.store.statements, self.setting.chat_id, now()
-        written: list[Sql] = []
-        failed = self._find_unanswered() if self.text is None else False
-        if self.text is not None:
-            user = {"id": self.turn_id, "role": "user", "status": "completed", "content": self.text}
-            written.append(self._message(user, time))
-        if failed:
-            written += sql.reopen(self.message_id)
-        else:
-            written.append(self._message({"id": self.message_id, "role": "assistant", "status": "pending"}, time))
-        return self.store.transact(*written, sql.messages_after(chat_id, self.transcript.position))
-
-    def _message(self, values: dict[str, Any], time: Any) -> Sql:
         sql, chat_id = self.store.statements, self.setting.chat_id
-        order = {"chat_id": chat_id, "position": sql.next_position(chat_id)}
-        return sql.insert(self.store.records.message, {**values, **order, "created_at": time, "updated_at": time})
+        self.opened_at, known = now(), self.transcript.position
+        if self.text is None:
+            place, written = self._find_unanswered()
+            known = min(known, place - 1)
+        else:
+            place = sql.next_position(chat_id)
+            user = {"id": self.turn_id, "role": "user", "status": "completed", "content": self.text}
+            written = [self._message(user, place)]
+        placeholder = {"id": self.message_id, "role": "assistant", "status": "pending"}
+        return self.store.transact(*written, self._message(placeholder, place), sql.messages_after(chat_id, known))
 
-    def _find_unanswered(self) -> bool:
-        """Find the user message to answer; True where a failed answer to it stands in the place of the new one."""
+    def _message(self, values: dict[str, Any], position: Sql | int) -> Sql:
+        times = {"created_at": self.opened_at, "updated_at": self.opened_at}
+        row = {**values, "chat_id": self.setting.chat_id, "position": position, **times}
+        return self.store.statements.insert(self.store.records.message, row)
+
+    def _find_unanswered(self) -> tuple[int, list[Sql]]:
+        """The place of the answer to the last user message, and what clears it of an answer that failed.
+
+        The place is named, not computed anew: where another turn answers meanwhile, it is taken.
+        """
         sql, chat_id = self.store.statements, self.setting.chat_id
         last = self.store.read(sql.last_message(chat_id))
         row_id, position, role, status = last[0] if last else (None, -1, None, None)
         if role == "user":
             self.turn_id = as_uuid(row_id)
-            return False
+            return position + 1, []
         if role == "assistant" and status in ("failed", "incomplete"):
-            self.message_id = as_uuid(row_id)
             self.turn_id = as_uuid(self.store.read(sql.turn_of(chat_id, position))[0][0])
-            self.transcript.rewind(position)
-            return True
+            return position, [sql.delete(self.store.records.message, id=as_uuid(row_id))]
         raise NothingToRetry(f"chat {chat_id} has no unanswered user message: use ask()")
 
     def _make_room(self, error: pw.IntegrityError) -> bool:
@@ -175,22 +184,22 @@ class Turn:
             if "unique" not in str(error).lower():
                 raise error
             return True  # the other turn has ended meanwhile
-        message_id, position, seen = pending[0]
-        age = (now() - TimeField().python_value(seen)).total_seconds()
+        message_id, seen = pending[0]
+        # The clocks of two machines differ: a sign of life from the future is one from now.
+        age = max((now() - TimeField().python_value(seen)).total_seconds(), 0.0)
         if age < self.setting.options.stale_after:
             return False
         self._log("clearing a turn without a sign of life for %.1f s", age)
-        self._clear(as_uuid(message_id), position, seen)
+        self._clear(as_uuid(message_id), seen)
         return True
 
-    def _clear(self, message_id: UUID, position: int, seen: Any) -> None:
+    def _clear(self, message_id: UUID, seen: Any) -> None:
         """End a dead turn as its process would have: by `on_error`. Where two try, one finds nothing left to do."""
-        sql, chat_id = self.store.statements, self.setting.chat_id
-        turn = self.store.read(sql.turn_of(chat_id, position))
-        statements = []
-        if turn and self.setting.options.stores_tool_calls:
-            statements.append(sql.interrupt_tool_calls(chat_id, as_uuid(turn[0][0])))
+        sql = self.store.statements
         where = {"id": message_id, "status": "pending", "updated_at": Sql(sql.param, (seen,))}
+        statements: list[Sql] = []
+        if self.setting.options.stores_tool_calls:
+            statements.append(sql.interrupt_tool_calls(**where))
         if self.setting.options.on_error == "keep":
             statements.append(sql.update(self.store.records.message, {"status": "incomplete"}, **where))
         else:
@@ -199,8 +208,9 @@ class Turn:
 
     def _busy(self) -> ChatBusy:
         return ChatBusy(
-            f"chat {self.setting.chat_id} is busy with another turn; wait=seconds waits for it, and a turn whose process "
-            f"died is cleared once it gave no sign of life for stale_after={self.setting.options.stale_after:g} seconds"
+            f"chat {self.setting.chat_id} is busy with another turn; wait=seconds waits for it, and a turn whose "
+            "process died is cleared once it gave no sign of life for "
+            f"stale_after={self.setting.options.stale_after:g} seconds"
         )
 
     # The conversation with the model: rounds of calls and tools, to the last word
@@ -214,10 +224,10 @@ class Turn:
                 yield from self._call_hooks("after_response", reply)
                 return message
             if number == self.setting.options.max_tool_calls:
-                self.partial = reply
                 self._record(answer, number, attempt)
+                yield from self._call_hooks("after_response", reply)
                 raise ToolRoundsExceeded(
-                    f"the model asked for tools {number + 1} times; max_tool_calls={number} allows {number} rounds a turn"
+                    f"the model asked for tools {number + 1} times in one turn; max_tool_calls={number} allows {number}"
                 )
             self._save_round(answer, number, attempt)
             yield from self._call_hooks("after_response", reply)
@@ -242,9 +252,9 @@ class Turn:
             )
             self._log("round %d, attempt %d: %s", number, attempt, answer.status_code)
             self.usage = _sum(self.usage, answer.reply.usage)
+            self.received = answer.reply
             if answer.error is None:
                 return answer, attempt
-            self.partial = answer.reply
             self._record(answer, number, attempt)
             may_help = answer.retryable and not answer.shown
             wait = options.retries.wait_before(attempt, answer.retry_after) if may_help else None  # type: ignore[union-attr]
@@ -259,19 +269,23 @@ class Turn:
         running = list(calls[: self._at_once])
         for call in running:
             yield from self._call_hooks("on_tool_call_start", call)
-        fatal: Exception | None = None
+        failure: Exception | None = None
         while running:
             outcome: ToolOutcome = yield RunTools(tuple((call, self._context(call)) for call in running))
             running.remove(outcome.call)
-            fatal = fatal or outcome.fatal
-            following = waiting.popleft() if waiting and fatal is None else None
+            failure = failure or outcome.fatal
+            following = waiting.popleft() if waiting and failure is None else None
             self._save_outcome(number, outcome, following)
-            yield from self._call_hooks("on_tool_call_end", outcome.call, outcome)
-            if following is not None:
-                yield from self._call_hooks("on_tool_call_start", following)
-                running.append(following)
-        if fatal is not None:
-            raise fatal
+            try:
+                yield from self._call_hooks("on_tool_call_end", outcome.call, outcome)
+                if following is not None:
+                    yield from self._call_hooks("on_tool_call_start", following)
+                    running.append(following)
+            except Exception as error:
+                # What runs side by side has its effects: its result is waited for, and written, before the turn ends.
+                failure = failure or error
+        if failure is not None:
+            raise failure
         self.messages += [{"role": "tool", "tool_call_id": call.id, "content": self.results[call.id]} for call in calls]
 
     @property
@@ -344,7 +358,7 @@ class Turn:
         if self.setting.options.stores_tool_calls:
             rows = [self._tool_call(call, number, position) for position, call in enumerate(calls)]
             written.append(sql.insert(self.store.records.tool_call, *rows))
-        self._write(answer, number, attempt, *written, self._update_message(answer.reply, "pending"))
+        self._write(answer, number, attempt, *written, self._update_message(self._columns(answer.reply, "pending")))
 
     def _tool_call(self, call: ToolCall, number: int, position: int) -> dict[str, Any]:
         return {
@@ -386,10 +400,12 @@ class Turn:
         """Write the reply, together with the last request row; one transaction."""
         if self.rounds or not answer.reply.is_plain:
             self.rounds.append(answer.reply.message)
-        touched = self.store.statements.update(self.store.records.chat, {"updated_at": now()}, id=self.setting.chat_id)
-        self._write(answer, number, attempt, touched, self._update_message(answer.reply, "completed"))
+        columns = self._columns(answer.reply, "completed")
+        time = {"updated_at": columns["updated_at"]}
+        touched = self.store.statements.update(self.store.records.chat, time, id=self.setting.chat_id)
+        self._write(answer, number, attempt, touched, self._update_message(columns))
         self.is_settled = True
-        return self._stored_message(answer.reply)
+        return self._stored_message(columns)
 
     def _write(self, answer: Answer, number: int, attempt: int, *statements: Sql) -> None:
         """Write what a paid call gave, the last statement updating its message; lost is nothing of it."""
@@ -410,15 +426,10 @@ class Turn:
                 reply=answer.reply,
             )
 
-    def _update_message(self, reply: Reply, status: str, **more: Any) -> Sql:
+    def _update_message(self, columns: dict[str, Any]) -> Sql:
         """Update the assistant message, as long as it is still ours."""
-        return self.store.statements.update(
-            self.store.records.message,
-            {**self._columns(reply, status), **more, "updated_at": now()},
-            returning="id",
-            id=self.message_id,
-            status="pending",
-        )
+        ours = {"id": self.message_id, "status": "pending"}
+        return self.store.statements.update(self.store.records.message, columns, returning="id", **ours)
 
     def _columns(self, reply: Reply, status: str) -> dict[str, Any]:
         return {
@@ -432,7 +443,8 @@ class Turn:
             "output_tokens": self.usage.output_tokens,
             "cached_tokens": self.usage.cached_tokens,
             "model_id": reply.model,
-            "provider": reply.provider,
+            "provider": reply.provider or None,
+            "updated_at": now(),
         }
 
     def _content_raw(self) -> dict[str, Any] | None:
@@ -443,13 +455,14 @@ class Turn:
             raw["results"] = self.results
         return raw
 
-    def _stored_message(self, reply: Reply) -> LlmMessage:
+    def _stored_message(self, columns: dict[str, Any]) -> LlmMessage:
         return self.store.records.message(
             id=self.message_id,
             chat_id=self.setting.chat_id,
             position=self.position,
             role="assistant",
-            **self._columns(reply, "completed"),
+            created_at=self.opened_at,
+            **columns,
         )
 
     def _give_up(self, error: BaseException) -> None:
@@ -457,7 +470,7 @@ class Turn:
         sql = self.store.statements
         statements: list[Sql] = []
         if self.rounds and self.setting.options.stores_tool_calls:
-            statements.append(sql.interrupt_tool_calls(self.setting.chat_id, self.turn_id))
+            statements.append(sql.interrupt_tool_calls(id=self.message_id))
         if self.setting.options.on_error == "keep":
             statements.append(self._keep(error))
         else:
@@ -469,12 +482,10 @@ class Turn:
         self._log("gave up: %s", type(error).__name__)
 
     def _keep(self, error: BaseException) -> Sql:
-        received = self.partial or Reply(model=self.setting.model, provider=self.setting.provider or "")
-        if isinstance(error, ReplyNotSaved):
-            received = error.reply
-        if self.rounds and received.content:
+        received = self.received or Reply(model=self.setting.model, provider=self.setting.answering_provider)
+        if self.rounds and received.content and received.message is not self.rounds[-1]:
             self.rounds.append({"role": "assistant", "content": received.content})
-        return self._update_message(received, "failed" if isinstance(error, Exception) else "incomplete")
+        return self._update_message(self._columns(received, "failed" if isinstance(error, Exception) else "incomplete"))
 
     def _tool_results(self, message_ids: list[UUID]) -> dict[tuple[UUID, str], str]:
         if not self.setting.options.stores_tool_calls:

@@ -12,7 +12,8 @@ from .values import Stats
 
 def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = True) -> Stats:
     """Sums over the requests of one chat, or of all; one query."""
-    request, tool_call = store.records.request, store.records.tool_call
+    request: Any = store.records.request
+    tool_call: Any = store.records.tool_call
     fn, total = pw.fn, lambda column: pw.fn.COALESCE(pw.fn.SUM(column), 0)
     calls: Any = pw.Value(0)
     if tool_calls:
@@ -35,6 +36,6 @@ def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = Tr
     if chat_id:
         query = query.where(request.chat == chat_id)
     with store.connection():
-        row = list(query.tuples())[0]
+        row = next(iter(query.tuples()))
     counts = [value if index == 6 else int(value) for index, value in enumerate(row)]
     return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": money(row[6])})

@@ -1,0 +1,85 @@
+"""What a provider's error means: whether it may pass, how long to wait, what HTTP said.
+
+litellm's classes are known by name, so that none of it needs litellm.
+"""
+
+import email.utils
+import re
+from datetime import UTC, datetime
+
+RETRYABLE = frozenset(
+    "RateLimitError InternalServerError ServiceUnavailableError BadGatewayError APIConnectionError Timeout "
+    "APIResponseValidationError MidStreamFallbackError".split()
+)
+FINAL = frozenset(
+    "AuthenticationError BadRequestError BlockedPiiEntityError BudgetExceededError ContentPolicyViolationError "
+    "ContextWindowExceededError GuardrailRaisedException ImageFetchError InvalidRequestError JSONSchemaValidationError "
+    "LiteLLMUnknownProvider MockException ModelNotMappedError ModifyResponseException NotFoundError "
+    "PaymentRequiredError PermissionDeniedError RejectedRequestError SensitiveDataRouteException "
+    "UnprocessableEntityError UnsupportedParamsError VectorStoreSearchError".split()
+)
+"""litellm's classes. Those in neither set (APIError, OpenAIError) are judged by their status."""
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    if not isinstance(error, Exception) or "insufficient_quota" in str(error):
+        return False
+    for name in (cls.__name__ for cls in type(error).__mro__):
+        if name in RETRYABLE or name in FINAL:
+            return name in RETRYABLE
+    status = getattr(error, "status_code", None)
+    if isinstance(status, int):
+        return status in (408, 429) or status >= 500
+    return isinstance(error, ConnectionError | TimeoutError) or lost_connection(error)
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error as it was raised, where litellm has wrapped it for its router."""
+    original = getattr(error, "original_exception", None)
+    return original if isinstance(original, Exception) else error
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status: 499 where we hung up, 0 where there was none."""
+    if not isinstance(error, Exception):
+        return 499
+    if type(error).__name__ != "Timeout" and lost_connection(error):
+        return 0  # litellm says 500 here, which no server did
+    status = getattr(error, "status_code", None)
+    return status if isinstance(status, int) else 0
+
+
+def lost_connection(error: BaseException | None) -> bool:
+    """Whether the connection failed, as litellm, httpx or aiohttp say it anywhere in the chain of causes."""
+    while error is not None:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if names & {"APIConnectionError", "TransportError", "ClientConnectionError"}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def retry_after_of(error: BaseException) -> float | None:
+    """Seconds that the provider asked us to wait, by its Retry-After header (RFC 9110, 10.2.3)."""
+    own = getattr(error, "retry_after", None)
+    if own is not None:
+        return float(own)
+    for headers in (
+        getattr(getattr(error, "response", None), "headers", None),
+        getattr(error, "litellm_response_headers", None),
+        getattr(error, "headers", None),
+    ):
+        value = headers.get("retry-after") if headers else None
+        if value:
+            return _seconds(value)
+    return None
+
+
+def _seconds(value: str) -> float | None:
+    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        return float(value)
+    try:
+        return max((email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (TypeError, ValueError):
+        return None
