@@ -222,7 +222,6 @@ class Chat:
             _check_text(text)
         if not may_await and (names := setting.options.toolbox.async_tools()):
             raise AsyncTool(f"the tool {names[0]!r} is async: use aask() or aask_stream(), or make it a plain function")
-        self.store.check_outside_transaction()
         return Turn(self.store, setting, self._transcript, text, stream=stream)
 
     def _setting(self, options: dict[str, Any]) -> Setting:

@@ -5,7 +5,9 @@ litellm's classes are known by name, so that none of it needs litellm.
 
 import email.utils
 import re
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 RETRYABLE = frozenset(
     "RateLimitError InternalServerError ServiceUnavailableError BadGatewayError APIConnectionError Timeout "
@@ -83,3 +85,21 @@ def _seconds(value: str) -> float | None:
         return max((email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
     except (TypeError, ValueError):
         return None
+
+
+_SECRET_NAME = re.compile(r"key|token|secret|password|credential|authorization", re.IGNORECASE)
+_SECRET_TEXT = re.compile(r"\b(sk|pk|gsk|xai|key)-[\w*-]{8,}|\bAIza[\w-]{20,}|(?<=Bearer )[^\s'\"]+", re.IGNORECASE)
+
+
+def secrets_of(keywords: Mapping[str, Any]) -> list[str]:
+    """The values that must not be written down: of what is named like a key, and of every header."""
+    headers = keywords.get("extra_headers") or {}
+    named = [value for name, value in keywords.items() if _SECRET_NAME.search(name)]
+    return [value for value in (*named, *headers.values()) if isinstance(value, str) and len(value) >= 8]
+
+
+def redacted(text: str, secrets: Iterable[str]) -> str:
+    """The text without the secrets, and without what looks like one. NUL, which no database takes, is written out."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return _SECRET_TEXT.sub("***", text).replace("\x00", "\\x00")

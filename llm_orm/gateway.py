@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from .errors import InvalidValue, UnknownModel
-from .failures import is_retryable, retry_after_of, status_of, unwrapped
+from .failures import is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped
 from .received import Received
 from .values import Answer, Chunk, Message, ModelRequest, Usage
 
@@ -249,6 +249,7 @@ class Call:
         return Answer(
             reply=self.received.reply(model, provider, usage, self._cost(model, provider, usage, error, status)),
             error=error,
+            error_message=None if error is None else redacted(str(error), secrets_of(self._credentials())),
             status_code=status,
             duration_ms=duration_ms,
             first_token_ms=None if self.first_token is None else self._milliseconds(self.first_token),
@@ -267,6 +268,10 @@ class Call:
         if request.stream:
             keywords |= {"stream": True, "stream_options": {"include_usage": True}}
         return keywords
+
+    def _credentials(self) -> dict[str, Any]:
+        """Everything that a key may be in."""
+        return {**getattr(self.llm, "defaults", {}), **self.request.options, **os.environ}
 
     @contextmanager
     def _client(self) -> Generator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What can be set on a chat without being stored: when it is made or loaded, and for one turn."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from .tools import Toolbox
 from .transcript import History
 from .values import Retries
 
-NOT_SENT_TWICE = ("model", "messages", "stream", "tools", "api_key", "api_base")
+OURS = ("model", "messages", "stream", "tools", "max_retries", "num_retries", "fallbacks")
+"""What llm_orm says to litellm's completion() itself: a retry made there would leave no row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class Options:
     temperature: float | None = None
     max_tokens: int | None = None
     thinking: Mapping[str, Any] | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     request_timeout: float | None = None
     max_tool_calls: int = 5
     tool_concurrency: int = 1
@@ -55,17 +57,25 @@ class Options:
     toolbox: Toolbox = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "toolbox", Toolbox(self.tools or ()))
+        _check("tools", self.tools, "must be a list of functions and tools", _is_list)
+        object.__setattr__(self, "tools", tuple(self.tools or ()))
+        object.__setattr__(self, "toolbox", Toolbox(self.tools))
+        _check("retries", self.retries, "must be a number of retries, 0 or more, or a Retries", _is_retries)
         if isinstance(self.retries, int):
             object.__setattr__(self, "retries", replace(Retries(), attempts=self.retries))
+        _check("llm", self.llm, "must have completion() and acompletion(), as LLM(…) and litellm do", _is_llm)
+        _check("temperature", self.temperature, "must be a number", lambda v: v is None or _is_number(v))
+        _check("max_tokens", self.max_tokens, "must be 1 or more", lambda v: v is None or (_is_count(v) and v > 0))
+        _check("request_timeout", self.request_timeout, "must be seconds", lambda v: v is None or _is_seconds(v))
+        _check("headers", self.headers, "must be strings by name", _is_headers)
         _check("on_error", self.on_error, 'must be "rollback" or "keep"', lambda v: v in ("rollback", "keep"))
         _check("max_tool_calls", self.max_tool_calls, "must be 0 or more rounds", _is_count)
         _check("tool_concurrency", self.tool_concurrency, "must be 1 or more", lambda v: _is_count(v) and v > 0)
         _check("history", self.history, "must be a number of turns or a function", _is_history)
         _check("wait", self.wait, "must be seconds", _is_seconds)
         _check("stale_after", self.stale_after, "must be seconds", _is_seconds)
-        _check("params", self.params, f"must leave {', '.join(NOT_SENT_TWICE[:4])} to llm_orm", _is_params)
-        _check("persistence", self.persistence, 'takes "tool_calls" and "requests"', _is_persistence)
+        _check("params", self.params, f"must be keywords of completion(), less {', '.join(OURS)}", _is_params)
+        _check("persistence", self.persistence, 'takes "tool_calls" and "requests", True or False', _is_persistence)
         _check("thinking", self.thinking, 'must be {"effort": …} or {"budget": tokens}', _is_thinking)
 
     def changed(self, **options: Any) -> "Options":
@@ -113,15 +123,37 @@ def _thinking_keywords(thinking: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
     if not holds(value):
-        raise InvalidValue(f"{name}={value!r}: {name} {rule}")
+        # What a mapping holds may be a key, which is not to be printed.
+        shown = f" with {', '.join(map(repr, value))}" if isinstance(value, Mapping) and value else f"={value!r}"
+        raise InvalidValue(f"{name}{shown}: {name} {rule}")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and value >= 0
+    return _is_number(value) and value >= 0
+
+
+def _is_list(value: Any) -> bool:
+    return value is None or (isinstance(value, Iterable) and not isinstance(value, str | Mapping))
+
+
+def _is_retries(value: Any) -> bool:
+    return isinstance(value, Retries) or _is_count(value)
+
+
+def _is_llm(value: Any) -> bool:
+    return value is None or callable(getattr(value, "completion", None))
+
+
+def _is_headers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
 
 
 def _is_history(value: Any) -> bool:
@@ -129,12 +161,15 @@ def _is_history(value: Any) -> bool:
 
 
 def _is_params(value: Any) -> bool:
-    return isinstance(value, Mapping) and not set(value) & set(NOT_SENT_TWICE[:4])
+    return isinstance(value, Mapping) and not set(value) & set(OURS)
 
 
 def _is_persistence(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) <= {"tool_calls", "requests"}
+    names = {"tool_calls", "requests"}
+    return isinstance(value, Mapping) and set(value) <= names and all(isinstance(v, bool) for v in value.values())
 
 
 def _is_thinking(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and bool({"effort", "budget", "type"} & set(value)))
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and ("type" in value or (bool(value) and set(value) <= {"effort", "budget"}))

@@ -20,7 +20,7 @@ from .gateway import Call
 from .records import LlmMessage
 from .tools import Toolbox
 from .turn import CallHook, CallModel, Effect, Flow, RunTools, Turn, Wait
-from .values import Answer, Chunk, ToolOutcome
+from .values import Chunk, ToolOutcome
 
 
 @dataclass
@@ -37,9 +37,11 @@ class Step:
     error: BaseException | None = None
 
 
-def advance(flow: Flow, value: Any = None, error: BaseException | None = None) -> Step:
-    """Let the flow do its next piece of database work."""
+def advance(flow: Flow, value: Any = None, error: BaseException | None = None, call: Call | None = None) -> Step:
+    """Let the flow do its next piece of database work; how a call of a model ended it is told in the same breath."""
     try:
+        if call is not None:
+            value, error = call.ended(error), None
         return Step(effect=flow.throw(error) if error is not None else flow.send(value))
     except StopIteration as stop:
         return Step(result=stop.value)
@@ -48,11 +50,12 @@ def advance(flow: Flow, value: Any = None, error: BaseException | None = None) -
 
 
 def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
+    turn.store.check_outside_transaction()
     flow, tools = turn.run(), _Threads(turn.setting.options.toolbox)
     try:
         step = advance(flow)
         while step.effect is not None:
-            value, error = None, None
+            value, error, call = None, None, None
             match step.effect:
                 case CallModel(request):
                     call = Call(request)
@@ -60,21 +63,19 @@ def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
                         with closing(call.chunks()) as chunks:
                             yield from chunks
                     except BaseException as problem:
-                        value = call.ended(problem)
-                    else:
-                        value = call.ended()
+                        error = problem
                 case effect:
                     try:
                         value = _perform(effect, tools)
                     except BaseException as problem:
                         error = problem
-            step = advance(flow, value, error)
+            step = advance(flow, value, error, call)
         if step.error is not None:
             raise step.error
         outcome.message = step.result
     finally:
-        tools.close()
         flow.close()
+        tools.close()
 
 
 def _perform(effect: RunTools | CallHook | Wait, tools: "_Threads") -> Any:
@@ -117,17 +118,18 @@ class _Threads:
 
     def close(self) -> None:
         if self.executor is not None:
-            self.executor.shutdown(wait=False, cancel_futures=True)
+            # A tool that still runs when its turn was broken off cannot be stopped, and is not waited for.
+            self.executor.shutdown(wait=not self.running, cancel_futures=True)
 
 
 async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
+    turn.store.check_outside_transaction()
     flow, tools = turn.run(), _Tasks(turn.setting.options.toolbox)
     off_the_loop = turn.store.off_the_loop
-    step: Step | None = None
     try:
         step = await off_the_loop(advance, flow)
         while step.effect is not None:
-            value, error = None, None
+            value, error, call = None, None, None
             match step.effect:
                 case CallModel(request):
                     call = Call(request)
@@ -136,27 +138,22 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
                             async for chunk in chunks:
                                 yield chunk
                     except BaseException as problem:
-                        value = await off_the_loop(call.ended, problem)
-                    else:
-                        value = await _ended(call, off_the_loop)
+                        error = problem
                 case effect:
                     try:
                         value = await _aperform(effect, tools)
                     except BaseException as problem:
                         error = problem
-            step = await off_the_loop(advance, flow, value, error)
+            step = await off_the_loop(advance, flow, value, error, call)
         if step.error is not None:
             raise step.error
         outcome.message = step.result
     finally:
-        await tools.close()
-        if step is None or step.effect is not None:
-            await off_the_loop(flow.close)
-
-
-async def _ended(call: Call, off_the_loop: Any) -> Answer:
-    # Counting tokens takes a while; what needs none of it costs no hop.
-    return call.ended() if call.has_usage else await off_the_loop(call.ended)
+        try:
+            if inspect.getgeneratorstate(flow) != inspect.GEN_CLOSED:
+                await off_the_loop(flow.close)
+        finally:
+            await tools.close()
 
 
 async def _aperform(effect: RunTools | CallHook | Wait, tools: "_Tasks") -> Any:

@@ -4,6 +4,7 @@ The classes here are the one definition; `records_for` makes a store's own set o
 names and the application's columns. Times are aware UTC, money is US dollars, JSON is JSONB on PostgreSQL.
 """
 
+import copy
 import os
 import time
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ class TimeField(pw.DateTimeField):
     def db_value(self, value: Any) -> Any:
         if value is None:
             return None
-        if value.tzinfo is None:
+        value = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if getattr(value, "tzinfo", None) is None:
             raise ValueError(f"{self.name} needs a time with a time zone, not {value!r}")
         return value.astimezone(UTC).isoformat(" ", "microseconds")
 
@@ -55,7 +57,7 @@ class MoneyField(pw.DecimalField):
         super().__init__(max_digits=20, decimal_places=12, auto_round=True, **kwargs)
 
     def db_value(self, value: Any) -> Any:
-        return None if value is None else str(Decimal(value).quantize(self.places))
+        return None if value is None else format(Decimal(value).quantize(self.places), "f")
 
     def python_value(self, value: Any) -> Any:
         return None if value is None else money(value)
@@ -313,7 +315,8 @@ def records_for(
     by_base: dict[type[pw.Model], type[Record]] = {}
     for name, base in BASES.items():
         own = (bases or {}).get(name, base)
-        columns: dict[str, Any] = dict(chat_fields or {}) if name == "chat" else {}
+        # A field belongs to one table: what the application gave may serve another store too.
+        columns: dict[str, Any] = copy.deepcopy(dict(chat_fields or {})) if name == "chat" else {}
         for field in own._meta.sorted_fields:  # type: ignore[attr-defined]
             if isinstance(field, pw.ForeignKeyField) and field.rel_model in by_base:
                 columns[field.name] = _pointing_at(by_base[field.rel_model], field)
@@ -338,7 +341,8 @@ def _pointing_at(target: type[Record], field: pw.ForeignKeyField) -> pw.ForeignK
 
 def _tied(own: type[Record], database: pw.Database | None, table: str, columns: dict[str, Any]) -> type[Record]:
     checks = [pw.Check(check, f"{table}_{name}_check") for name, check in own.checks]
-    meta = type("Meta", (), {"database": database, "table_name": table, "constraints": checks})
+    constraints = [*(own._meta.constraints or ()), *checks]  # type: ignore[attr-defined]
+    meta = type("Meta", (), {"database": database, "table_name": table, "constraints": constraints})
     record: Any = type(own.__name__, (own,), {"Meta": meta, "__module__": own.__module__, **columns})
     for names, is_unique in [(names, True) for names in own.unique] + [(names, False) for names in own.indexes]:
         on = [record._meta.fields[name] for name in names]

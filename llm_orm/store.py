@@ -55,14 +55,17 @@ class Store:
     llm         what chats call models with, unless they say otherwise; None for litellm
     """
 
-    def __init__(self, database: pw.Database, records: Records, *, llm: Any = None, threads: int = 10):
+    def __init__(
+        self, database: pw.Database, records: Records, *, llm: Any = None, threads: int = 10, is_ours: bool = False
+    ):
         self.database = database
         self.records = records
         self.llm = llm
         self.statements = Statements(records, database)
         self.heart = Heart(self._beat)
-        self._is_sqlite = isinstance(database, pw.SqliteDatabase)
+        self.is_sqlite = isinstance(database, pw.SqliteDatabase)
         self._is_closed = False
+        self._is_ours = is_ours
         self._threads = threads
         self._executor: ThreadPoolExecutor | None = None
 
@@ -92,12 +95,17 @@ class Store:
     def connection(self) -> Iterator[None]:
         """An open connection for the block: the caller's own where this thread has one, else one given back after.
 
-        Raises `DatabaseUnavailable`, `TablesMissing`, `StoreClosed`.
+        Raises `DatabaseUnavailable`, `TablesMissing`, `InvalidDatabase`, `StoreClosed`.
         """
         if self._is_closed:
             raise StoreClosed(f"{self!r} was closed: connect() again")
         database = self.database
         opened = database.is_closed()
+        if opened and _is_lost_when_closed(database):
+            raise InvalidDatabase(
+                "a SqliteDatabase in memory is there only for the thread that opened it, and as long as it is open: "
+                'use connect("sqlite:///:memory:"), whose .database all threads may use'
+            )
         try:
             if opened:
                 database.connect()
@@ -118,7 +126,7 @@ class Store:
         On PostgreSQL they travel together, in one round trip, which the server runs as one transaction.
         """
         with self.connection():
-            if not self._is_sqlite:
+            if not self.is_sqlite:
                 text = ";\n".join(statement.text for statement in statements)
                 return self._execute(text, [p for statement in statements for p in statement.params])
             if self.database.in_transaction():
@@ -182,15 +190,15 @@ class Store:
     # The end
 
     def close(self) -> None:
-        """Close every connection. The store cannot be used any more."""
+        """Close the store for good, and every connection, unless they are those of a Database that you gave."""
         if self._is_closed:
             return
         self._is_closed = True
         self.heart.stop()
         if self._executor is not None:
             self._executor.shutdown()
-        close_all = getattr(self.database, "close_all", self.database.close)
-        close_all()
+        if self._is_ours:
+            self.database.close_all()  # type: ignore[attr-defined]
 
     def __enter__(self) -> "Store":
         return self
@@ -202,23 +210,39 @@ class Store:
         self.transact(self.statements.beat(message_ids))
 
     def _translated(self, error: Exception) -> LlmOrmError | None:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = without_password(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         if isinstance(error, MaxConnectionsExceeded):
             return DatabaseUnavailable(
                 f"no connection of {described(self.database)} became free: all {self.database._max_connections} are in "  # type: ignore[attr-defined]
                 "use; give connect(…, pool_size=, pool_timeout=) more, or close connections that you opened"
             )
-        if isinstance(error, (pw.OperationalError, pw.ProgrammingError)) and _MISSING.search(text):
+        if isinstance(error, (pw.OperationalError, pw.ProgrammingError)) and _is_missing(error, text):
             return TablesMissing(f'{described(self.database)}: {text}; run "llm-orm migrate" or store.create_tables()')
         if isinstance(error, (pw.OperationalError, pw.InterfaceError)):
-            return DatabaseUnavailable(f"{described(self.database)} did not answer: {without_password(text)}")
+            return DatabaseUnavailable(f"{described(self.database)} did not answer: {text}")
         if _NO_DATABASE.search(text):
-            return InvalidDatabase(f"{described(self.database)} cannot be opened: {without_password(text)}")
+            return InvalidDatabase(f"{described(self.database)} cannot be opened: {text}")
         return None
 
 
-_MISSING = re.compile(r"no such (table|column)|has no column named|(relation|column) .* does not exist")
+_MISSING = re.compile(r"no such (table|column)|has no column named")
+_MISSING_CODES = ("42P01", "42703", "3F000")
+"""PostgreSQL's for a table, a column, a schema; its texts are in the language of the server."""
+
 _NO_DATABASE = re.compile(r"file is not a database|^invalid dsn")
+
+
+def _is_missing(error: pw.PeeweeException, text: str) -> bool:
+    code = getattr(error.args[0], "pgcode", None) if error.args else None
+    return code in _MISSING_CODES or bool(_MISSING.search(text))
+
+
+def _is_lost_when_closed(database: pw.Database) -> bool:
+    return (
+        isinstance(database, pw.SqliteDatabase)
+        and database.database in ("", ":memory:")
+        and not isinstance(database, PooledSqliteDatabase)
+    )
 
 
 def connect(
@@ -245,7 +269,7 @@ def connect(
     models         the application's own subclasses of the records, as `llm-orm init --models` writes them
     llm            what to call models with: anything with completion() and acompletion(); default litellm
     pool_size      connections at the most
-    pool_timeout   seconds to wait for one of them
+    pool_timeout   seconds to wait for one of them; 0: not at all
     pragmas        of SQLite, over ours: {"synchronous": "normal"}
 
     Nothing is opened yet: a database that cannot be reached is reported by the first call that needs it, as
@@ -253,15 +277,28 @@ def connect(
     """
     if isinstance(database, Store):
         return database
+    if not isinstance(pool_size, int) or pool_size < 1:
+        raise InvalidValue(f"pool_size={pool_size!r}: pool_size must be 1 or more connections")
+    if not isinstance(pool_timeout, int | float) or pool_timeout < 0:
+        raise InvalidValue(f"pool_timeout={pool_timeout!r}: pool_timeout must be seconds")
+    if llm is not None and not callable(getattr(llm, "completion", None)):
+        raise InvalidValue(f"llm={llm!r}: llm must have completion() and acompletion(), as LLM(…) and litellm do")
+    _check_chat_fields(chat_fields)
     bases = _models_by_name(models)
     names = _table_names(table_prefix, table_names, bases)
     if database is None:
-        database = os.environ.get("LLM_ORM_DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_URL
+        database = _default_url()
+    is_ours = isinstance(database, str)
     if isinstance(database, str):
         opened = open_url(database, pool_size=pool_size, pool_timeout=pool_timeout, pragmas=pragmas)
     else:
         opened = _application_database(database)
-    return Store(opened, records_for(opened, names, chat_fields, bases), llm=llm, threads=pool_size)
+    records = records_for(opened, names, chat_fields, bases)
+    return Store(opened, records, llm=llm, threads=pool_size, is_ours=is_ours)
+
+
+def _default_url() -> str:
+    return os.environ.get("LLM_ORM_DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_URL
 
 
 def open_url(
@@ -270,16 +307,26 @@ def open_url(
     """A pooled peewee Database for a URL; nothing is opened yet."""
     scheme = url.partition(":")[0].partition("+")[0].lower()
     if scheme in ("postgresql", "postgres"):
+        _check_credentials(url)
         dsn = "postgresql:" + url.partition(":")[2]
-        connect_timeout = {} if "connect_timeout=" in url else {"connect_timeout": 10}
-        return PooledPostgresqlDatabase(
-            dsn, max_connections=pool_size, timeout=pool_timeout, application_name="llm_orm", **connect_timeout
-        )
+        defaults = {"connect_timeout": 10, "application_name": "llm_orm"}
+        ours = {name: value for name, value in defaults.items() if f"{name}=" not in url}
+        return PooledPostgresqlDatabase(dsn, max_connections=pool_size, timeout=pool_timeout or None, **ours)
     if scheme == "sqlite":
         return _open_sqlite(url, pool_size, pool_timeout, pragmas)
     raise InvalidDatabase(
         f"{without_password(url)!r} names no database: give sqlite:///file.db or postgresql://user:password@host/name"
     )
+
+
+def _check_credentials(url: str) -> None:
+    # libpq would take a piece of the password for the host or the port, and say so in its error.
+    credentials, _, _ = url.partition("://")[2].partition("?")[0].rpartition("@")
+    if not re.fullmatch(r"([^/@%#]|%[0-9A-Fa-f]{2})*", credentials):
+        raise InvalidDatabase(
+            f"{without_password(url)!r}: the password has a character that means something in a URL; "
+            'write it as urllib.parse.quote(password, safe="") does'
+        )
 
 
 def _open_sqlite(url: str, pool_size: int, pool_timeout: float, pragmas: Mapping[str, Any] | None) -> pw.Database:
@@ -299,7 +346,7 @@ def _open_sqlite(url: str, pool_size: int, pool_timeout: float, pragmas: Mapping
         pragmas={**SQLITE_PRAGMAS, **(pragmas or {})},
         # A database in memory lives in one connection, which its users take turns with.
         max_connections=1 if in_memory else pool_size,
-        timeout=pool_timeout,
+        timeout=pool_timeout or None,
         check_same_thread=False,
     )
 
@@ -330,15 +377,25 @@ def as_store(store: "Store | pw.Database | str | None") -> Store:
         return store
     with _stores_lock:
         if isinstance(store, pw.Database):
-            if store not in _stores_by_database:
+            if store not in _stores_by_database or _stores_by_database[store]._is_closed:
                 _stores_by_database[store] = connect(store)
             return _stores_by_database[store]
         if store is not None and not isinstance(store, str):
             raise InvalidDatabase(f"{store!r} is neither a Store, a peewee Database nor a URL")
-        url = store or os.environ.get("LLM_ORM_DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_URL
+        url = _default_url() if store is None else store
         if url not in _stores or _stores[url]._is_closed:
             _stores[url] = connect(url)
         return _stores[url]
+
+
+def _check_chat_fields(fields: Any) -> None:
+    if not isinstance(fields, Mapping | None):
+        raise InvalidValue(f'chat_fields={fields!r}: chat_fields must be like {{"user_id": TextField(null=True)}}')
+    for name, field in (fields or {}).items():
+        if not isinstance(field, pw.Field):
+            raise InvalidValue(f"chat_fields has {name!r}: {field!r}, which is not a field: write TextField(null=True)")
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(BASES["chat"], name):
+            raise InvalidValue(f"chat_fields has {name!r}, which cannot be a column of yours: choose another name")
 
 
 def _models_by_name(models: Mapping[str, type[Record]] | list[type[Record]] | None) -> dict[str, type[Record]]:
@@ -382,4 +439,4 @@ def described(database: pw.Database) -> str:
 
 def without_password(text: str) -> str:
     text = re.sub(r"(://[^:/@\s]*):.*@", r"\1:***@", text)
-    return re.sub(r"(password=)[^&\s]*", r"\1***", text)
+    return re.sub(r"(password=)('[^']*'|[^&\s]*)", r"\1***", text)

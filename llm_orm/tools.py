@@ -1,8 +1,14 @@
 """Function or class → tool: its JSON schema (by pydantic), and the checking and running of a call's arguments."""
 
+import functools
 import inspect
+import json
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints, overload
 from uuid import UUID
@@ -43,7 +49,8 @@ class Tool:
 
     name           what the model calls it; default: the class's name in snake_case
     description    when to use it; default: the docstring
-    Parameters     a pydantic model of the arguments; `execute` gets its fields as keywords
+    Parameters     a pydantic model of the arguments, whose fields `execute` gets as keywords; default: made of the
+                   annotations of `execute`
     idempotent     whether it may run a second time when it is not known whether it ran
     execute        plain or async; returns a string, or anything that pydantic can write as JSON
     """
@@ -56,17 +63,25 @@ class Tool:
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.name = cls.__dict__.get("name") or _snake_case(cls.__name__)
-        cls.description = cls.__dict__.get("description") or inspect.getdoc(cls) or ""
+        cls.description = cls.__dict__.get("description") or inspect.cleandoc(cls.__doc__ or "")
 
     execute: Callable[..., Any]
 
     @property
     def schema(self) -> dict[str, Any]:
         """What the model is told: {"type": "function", "function": {"name", "description", "parameters"}}."""
-        parameters = getattr(self, "Parameters", None)
-        schema = parameters.model_json_schema() if parameters else {"type": "object", "properties": {}}
-        function = {"name": self.name, "description": self.description, "parameters": _without_titles(schema)}
+        schema = _without_titles(_quietly(self._parameters.model_json_schema))
+        function = {"name": self.name, "description": self.description, "parameters": schema}
         return {"type": "function", "function": function}
+
+    @functools.cached_property
+    def _parameters(self) -> type[pydantic.BaseModel]:
+        given: Any = getattr(self, "Parameters", None)
+        if given is None:
+            return _parameters_of(self.execute, self.name)
+        if not (isinstance(given, type) and issubclass(given, pydantic.BaseModel)):
+            raise InvalidValue(f"the Parameters of the tool {self.name!r} must be a pydantic model, not {given!r}")
+        return given
 
     @property
     def is_async(self) -> bool:
@@ -145,20 +160,20 @@ class Toolbox:
         started = time.perf_counter()
         try:
             made, keywords = self._prepare(call, context)
-            result = made.execute(**keywords)
+            result = _as_text(call, made.execute(**keywords))
         except Exception as error:
             return self._failed(call, error, started)
-        return _completed(call, result, started)
+        return ToolOutcome(call, result, duration_ms=_milliseconds_since(started))
 
     async def arun(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
         """Run a call of an async tool."""
         started = time.perf_counter()
         try:
             made, keywords = self._prepare(call, context)
-            result = await made.execute(**keywords)
+            result = _as_text(call, await made.execute(**keywords))
         except Exception as error:
             return self._failed(call, error, started)
-        return _completed(call, result, started)
+        return ToolOutcome(call, result, duration_ms=_milliseconds_since(started))
 
     def _prepare(self, call: ToolCall, context: ToolContext) -> tuple[Tool, dict[str, Any]]:
         made = self.by_name.get(call.name)
@@ -166,26 +181,23 @@ class Toolbox:
             raise _Unavailable(
                 f"Model tried to call unavailable tool {call.name!r}. Available tools: [{', '.join(self.by_name)}]."
             )
-        keywords: dict[str, Any] = {}
-        parameters = getattr(made, "Parameters", None)
-        if parameters is not None:
-            try:
-                checked = parameters.model_validate_json(call.arguments or "{}")
-            except pydantic.ValidationError as error:
-                raise _InvalidArguments(_complaint(error)) from error
-            keywords = {name: getattr(checked, name) for name in type(checked).model_fields}
-            keywords |= checked.model_extra or {}
+        try:
+            checked = made._parameters.model_validate_json(call.arguments or "{}")
+        except pydantic.ValidationError as error:
+            raise _InvalidArguments(_complaint(error)) from error
+        keywords = {name: getattr(checked, name) for name in type(checked).model_fields}
+        keywords |= checked.model_extra or {}
         for name in _context_parameters(made.execute):
             keywords[name] = context
         return made, keywords
 
     def _failed(self, call: ToolCall, error: Exception, started: float) -> ToolOutcome:
-        known = isinstance(error, (_Unavailable, _InvalidArguments))
+        known = isinstance(error, (_Unavailable, _InvalidArguments, _NoResult))
         return ToolOutcome(
             call,
-            result=str(error) if known else f"Error executing tool {call.name!r}: {error}",
+            result=_storable(str(error) if known else f"Error executing tool {call.name!r}: {error}"),
             status="failed",
-            error=str(error) if known else f"{type(error).__name__}: {error}",
+            error=_storable(str(error) if known else f"{type(error).__name__}: {error}"),
             duration_ms=_milliseconds_since(started),
             fatal=error if isinstance(error, ToolError) and error.fatal else None,
         )
@@ -199,14 +211,34 @@ class _InvalidArguments(Exception):
     pass
 
 
-def _completed(call: ToolCall, result: Any, started: float) -> ToolOutcome:
-    return ToolOutcome(call, result=_as_text(result), duration_ms=_milliseconds_since(started))
+class _NoResult(Exception):
+    pass
 
 
-def _as_text(result: Any) -> str:
+def _as_text(call: ToolCall, result: Any) -> str:
+    """The text that the model is shown: a string as it is, anything else as JSON."""
     if isinstance(result, str):
-        return result
-    return pydantic_core.to_json(result, fallback=str).decode()
+        return _storable(result)
+    if inspect.isawaitable(result):
+        getattr(result, "close", lambda: None)()
+        raise TypeError("it returned an awaitable: make it an async function, which aask() awaits")
+    try:
+        try:
+            return pydantic_core.to_json(result, fallback=str).decode()
+        except pydantic_core.PydanticSerializationError:  # bytes that are no text, half a character
+            return json.dumps(pydantic_core.to_jsonable_python(result, fallback=str, bytes_mode="base64"))
+    except Exception as error:
+        # It did its work all the same: the model should not call it again for that.
+        raise _NoResult(f"The tool {call.name!r} ran, but its result cannot be written as JSON: {error}") from error
+
+
+def _storable(text: str) -> str:
+    """The text; as a JSON string where it has NUL or half a character, which no database can hold as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False) if "\x00" in text else text
 
 
 def _milliseconds_since(started: float) -> int:
@@ -219,40 +251,77 @@ def _complaint(error: pydantic.ValidationError) -> str:
 
 
 def _as_tool(given: Any) -> Tool:
-    if isinstance(given, type) and issubclass(given, Tool):
-        given = given()
-    if isinstance(given, Tool):
-        if not callable(getattr(given, "execute", None)):
-            raise InvalidValue(f"the tool {given.name!r} has no execute()")
-        return given
     if inspect.isfunction(given) or inspect.ismethod(given):
-        return tool(given)
-    raise InvalidValue(f"{given!r} is not a tool: give a function, or a subclass of llm_orm.Tool")
+        given = tool(given)
+    elif isinstance(given, type) and issubclass(given, Tool):
+        try:
+            given = given()
+        except TypeError as error:
+            raise InvalidValue(f"the tool {given.name!r} cannot be made: {error}; give an instance of it") from error
+    if not isinstance(given, Tool):
+        raise InvalidValue(f"{given!r} is not a tool: give a function, or a subclass of llm_orm.Tool")
+    if not callable(getattr(given, "execute", None)):
+        raise InvalidValue(f"the tool {given.name!r} has no execute()")
+    if not _NAME.fullmatch(given.name):
+        raise InvalidValue(f"{given.name!r} cannot be the name of a tool: give one of letters, digits, _ and -")
+    return given
+
+
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+"""What one provider or the other takes."""
 
 
 def _parameters_of(function: Callable[..., Any], name: str) -> type[pydantic.BaseModel]:
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
+        raise InvalidValue(
+            f"the annotations of the tool {name!r} cannot be read: {error}; its types must be there by name, at the top "
+            "of the module, when the tool is made"
+        ) from error
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
+    for position, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise InvalidValue(f"the tool {name!r} takes {parameter}: give its parameters names that a model can use")
+        if position == 0 and parameter.name in ("self", "cls") and parameter.name not in hints:
+            raise InvalidValue(f"the tool {name!r} is a method: leave it plain, and give the bound one in tools=[…]")
         hint = hints.get(parameter.name, Any)
-        if hint is not ToolContext:
+        if not _is_context(hint):
             fields[parameter.name] = (hint, ... if parameter.default is parameter.empty else parameter.default)
     try:
-        model = pydantic.create_model(name, **fields)
-        model.model_json_schema()
-    except (pydantic.errors.PydanticUserError, NameError) as error:
-        raise InvalidValue(f"the tool {name!r} has a parameter that cannot be described as JSON: {error}") from error
+        model = _quietly(pydantic.create_model, name, **fields)
+        _quietly(model.model_json_schema)
+    except (pydantic.errors.PydanticUserError, NameError, TypeError) as error:
+        problem = str(error).partition(". Set `arbitrary")[0].splitlines()[0]
+        raise InvalidValue(f"the tool {name!r} has a parameter that cannot be described as JSON: {problem}") from error
     return model
 
 
 def _context_parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of the parameters that get the context; whatever else the function needs may be out of reach."""
     try:
-        hints: Mapping[str, Any] = get_type_hints(function)
-    except (NameError, TypeError):
-        return []
-    return [name for name, hint in hints.items() if hint is ToolContext]
+        hints = get_type_hints(function)
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        hints = {}
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if _is_context(hints.get(parameter.name, parameter.annotation))
+    ]
+
+
+def _is_context(hint: Any) -> bool:
+    if hint is ToolContext or hint == "ToolContext":
+        return True
+    wraps = typing.get_origin(hint) in (typing.Union, types.UnionType, typing.Annotated)
+    return wraps and any(map(_is_context, typing.get_args(hint)))
+
+
+def _quietly(describe: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Without pydantic's warnings of a field that hides a method, or a default that is not JSON: both are harmless."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return describe(*args, **kwargs)
 
 
 def _without_titles(schema: Any) -> Any:

@@ -331,7 +331,7 @@ class Turn:
                 "model": reply.model,
                 "status_code": answer.status_code,
                 "error": type(error).__name__ if error else None,
-                "error_message": str(error) if error else None,
+                "error_message": answer.error_message,
                 "finish_reason": reply.finish_reason,
                 "duration_ms": answer.duration_ms,
                 "first_token_ms": answer.first_token_ms,
@@ -514,6 +514,7 @@ def _ended_by(answer: Answer, error: LlmOrmError) -> Answer:
     return Answer(
         reply=answer.reply,
         error=error,
+        error_message=str(error),
         status_code=answer.status_code,
         duration_ms=answer.duration_ms,
         first_token_ms=answer.first_token_ms,

@@ -1,11 +1,12 @@
 """Sums over what was spent, made in the database."""
 
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
 import peewee as pw
 
-from .records import money
+from .records import MoneyField, money
 from .store import Store
 from .values import Stats
 
@@ -26,7 +27,7 @@ def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = Tr
         total(request.cached_tokens),
         total(request.cache_write_tokens),
         total(request.thinking_tokens),
-        total(request.cost).coerce(False),
+        total(_summable(store, request.cost)).coerce(False),
         fn.COUNT(request.id),
         total(pw.Case(None, [(request.error.is_null(False), 1)], 0)),
         total(pw.Case(None, [(request.cost.is_null(), 1)], 0)),
@@ -38,4 +39,16 @@ def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = Tr
     with store.connection():
         row = next(iter(query.tuples()))
     counts = [value if index == 6 else int(value) for index, value in enumerate(row)]
-    return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": money(row[6])})
+    return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": _dollars(store, row[6])})
+
+
+PLACES = -MoneyField.places.adjusted()
+
+
+def _summable(store: Store, cost: pw.Field) -> Any:
+    # SQLite adds doubles up, with an error that grows with the rows; whole numbers of the last place add up exactly.
+    return pw.fn.ROUND(cost * pw.Value(10**PLACES, converter=False)).cast("INTEGER") if store.is_sqlite else cost
+
+
+def _dollars(store: Store, total: Any) -> Decimal:
+    return money(Decimal(total).scaleb(-PLACES) if store.is_sqlite else total)

@@ -79,6 +79,8 @@ class Answer:
 
     reply: Reply
     error: BaseException | None = None
+    error_message: str | None = None
+    """The error's text, without keys and credentials."""
     status_code: int = 200
     duration_ms: int = 0
     first_token_ms: int | None = None

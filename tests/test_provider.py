@@ -14,12 +14,6 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 import litellm
 from litellm.exceptions import MidStreamFallbackError
 
-# litellm's own, on import-time models and at the end of a stream.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*using the `ReadOnly` qualifier:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Accessing the 'model_.*fields' attribute:DeprecationWarning"),
-]
-
 FORMATS = ("openai", "anthropic", "gemini")
 QUESTION = [{"role": "user", "content": "What is the weather in London?"}]
 TOOLS = [
