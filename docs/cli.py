@@ -18,7 +18,7 @@ def page() -> str:
 
 
 def reference() -> str:
-    top = click.Context(main, info_name="llm-orm")
+    top = main.make_context("llm-orm", [], resilient_parsing=True)
     commands = [main.get_command(top, name) for name in main.list_commands(top)]
     parts = ["## Reference", *_described(main, top)]
     for command in commands:
@@ -32,7 +32,8 @@ def _described(command: click.Command, context: click.Context) -> Iterator[str]:
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         # click's mark of a paragraph that keeps its lines
         yield f"```text\n{paragraph[2:]}\n```" if paragraph.startswith("\b\n") else paragraph
-    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    records = [option.get_help_record(context) for option in options]
     yield "\n".join(f"- `{names}`: {' '.join(text.split())}" for names, text in filter(None, records))
 
 

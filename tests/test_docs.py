@@ -22,7 +22,9 @@ from provider import Answer, Call, Provider
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-BLOCK = re.compile(r"^<!-- (?P<kind>says|fails): (?P<script>.*?) -->$|^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^<!-- (?P<kind>says|fails): (?P<script>.*?) -->$|^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 RUN_BY_CI = (".venv/bin/llm-orm demo", ".venv/bin/python -m pytest")
 NOT_CODE = ("text", "mermaid")
 
@@ -100,3 +102,13 @@ def test_ci_runs_the_two_commands_of_the_readme():
 
     assert [command.strip().endswith(ending) for command, ending in zip(commands, RUN_BY_CI, strict=True)] == [True] * 2
     assert "README.md" in ours
+
+
+def test_the_schema_page_names_every_column_of_every_table():
+    from llm_orm.records import BASES
+
+    sections = (ROOT / "docs" / "schema.md").read_text().split("\n## ")
+    for name, record in BASES.items():
+        section = next(section for section in sections if section.startswith(f"llm_{name}\n"))
+        columns = {field.column_name for field in record._meta.sorted_fields}  # type: ignore[attr-defined]
+        assert {column for column in columns if f"`{column}`" not in section} == set(), name
