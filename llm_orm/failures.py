@@ -25,7 +25,7 @@ FINAL = frozenset(
 
 def is_retryable(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
-    if not isinstance(error, Exception) or "insufficient_quota" in str(error):
+    if not isinstance(error, Exception) or "insufficient_quota" in str(error) or was_never_sent(error):
         return False
     for name in (cls.__name__ for cls in type(error).__mro__):
         if name in RETRYABLE or name in FINAL:
@@ -46,10 +46,18 @@ def status_of(error: BaseException) -> int:
     """The HTTP status: 499 where we hung up, 0 where there was none."""
     if not isinstance(error, Exception):
         return 499
-    if type(error).__name__ != "Timeout" and lost_connection(error):
+    if type(error).__name__ != "Timeout" and (lost_connection(error) or was_never_sent(error)):
         return 0  # litellm says 500 here, which no server did
     status = getattr(error, "status_code", None)
     return status if isinstance(status, int) else 0
+
+
+def was_never_sent(error: BaseException) -> bool:
+    """Whether there was no key to send the call with; litellm takes that for a server's error, or for a broken line."""
+    return _NO_KEY.search(str(error)) is not None
+
+
+_NO_KEY = re.compile(r"missing (credentials|[\w ]{1,30} api key)|api_key client option must be set", re.IGNORECASE)
 
 
 def lost_connection(error: BaseException | None) -> bool:

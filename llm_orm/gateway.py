@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from .errors import InvalidValue, UnknownModel
-from .failures import is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped
+from .failures import is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
 from .received import Received
 from .values import Answer, Chunk, Message, ModelRequest, Usage
 
@@ -54,6 +54,7 @@ def litellm() -> Any:
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import litellm
 
+    litellm.suppress_debug_info = True  # it prints advice to stdout, where an application's own output goes
     return litellm
 
 
@@ -344,6 +345,8 @@ class Call:
         if self.received.cost is not None:
             return self.received.cost
         if usage == Usage():
+            if error is not None and was_never_sent(error):
+                return Decimal(0)
             # An HTTP error is not billed. What became of a call whose connection broke, nobody knows.
             return Decimal(0) if error is not None and status >= 400 and status != 408 else None
         return cost_of(self.llm, model, provider, usage)

@@ -584,6 +584,20 @@ def test_every_error_class_of_litellm_is_known_to_be_final_or_not():
     assert not FINAL & RETRYABLE
 
 
+@pytest.mark.parametrize("model", ["gpt-4o", "anthropic/claude-sonnet-4-5", "gemini/gemini-2.5-flash"])
+def test_a_missing_key_is_reported_at_once_and_costs_nothing(
+    store: Store, ask: Ask, model: str, capfd: pytest.CaptureFixture[str]
+):
+    chat = create_chat(store, model=model)
+
+    with pytest.raises(Exception, match=r"(?i)missing .*(key|credentials)"):
+        ask(chat, "Hi.")
+
+    assert rows(store, "request", "attempt", "cost") == [(1, Decimal(0))]
+    assert chat.requests()[0].status_code in (0, 401)
+    assert capfd.readouterr().out == ""
+
+
 def test_a_key_is_neither_printed_nor_stored(store: Store, provider: Provider, database_url: str):
     settings = {**provider.openai(), "api_key": "sk-canary-1234567890"}
     model = settings.pop("model")
