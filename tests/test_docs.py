@@ -8,7 +8,6 @@ before them in comments, which nobody who reads the page sees:
 """
 
 import ast
-import asyncio
 import re
 import shlex
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ NOT_CODE = ("text", "mermaid")
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Provider]:
     """The provider that OPENAI_API_KEY is for, and an empty folder to work in."""
-    asyncio.set_event_loop(None)
     with Provider() as provider:
         monkeypatch.setenv("OPENAI_API_KEY", "test-key")
         monkeypatch.setenv("OPENAI_BASE_URL", f"{provider.url}/v1")

@@ -44,12 +44,6 @@ def provider() -> Iterator[Provider]:
         yield provider
 
 
-@pytest.fixture(autouse=True)
-def no_event_loop_of_litellms() -> None:
-    """Without one that says no, litellm's plain calls make an event loop, which nobody closes."""
-    asyncio.set_event_loop(None)
-
-
 @pytest.fixture(params=FORMATS)
 def wire(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -56,12 +56,6 @@ def ask_stream_async(**kwargs: Any) -> Any:
 WAYS: tuple[Ask, ...] = (ask_plain, ask_plain_async, ask_stream, ask_stream_async)
 
 
-@pytest.fixture(autouse=True)
-def no_event_loop_left_open():
-    """Without one set, and none refused, a sync call of litellm sets an event loop that nobody closes."""
-    asyncio.set_event_loop(None)
-
-
 @pytest.fixture
 def provider():
     with Provider() as provider:
