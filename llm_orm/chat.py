@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 from uuid import UUID
 
@@ -76,7 +78,7 @@ class Chat:
         what was received is rolled back or kept. Raises `ChatBusy` while another turn of the chat runs, `WrongCall` for
         what cannot work before anything is written, `TurnFailed` where a turn ends for a reason of ours.
         """
-        return self._play(text, options)
+        return self._play(_said(text), options)
 
     def ask_stream(self, text: str, **options: Any) -> "Stream":
         """Say something and read the reply as it comes; the stored message is in `.message` afterwards.
@@ -84,16 +86,16 @@ class Chat:
         Nothing happens before the first chunk is read. A stream that is left early is rolled back or kept (`on_error`),
         and what was received of it is on record as spent.
         """
-        turn, outcome = self._turn(text, options, stream=True), Outcome()
+        turn, outcome = self._turn(_said(text), options, stream=True), Outcome()
         return Stream(play(turn, outcome), outcome)
 
     async def aask(self, text: str, **options: Any) -> LlmMessage:
         """`ask`, from asyncio."""
-        return await self._aplay(text, options)
+        return await self._aplay(_said(text), options)
 
     def aask_stream(self, text: str, **options: Any) -> "AsyncStream":
         """`ask_stream`, from asyncio: `async for chunk in chat.aask_stream(…)`."""
-        turn, outcome = self._turn(text, options, stream=True, may_await=True), Outcome()
+        turn, outcome = self._turn(_said(text), options, stream=True, may_await=True), Outcome()
         return AsyncStream(aplay(turn, outcome), outcome)
 
     def retry(self, **options: Any) -> LlmMessage:
@@ -143,15 +145,17 @@ class Chat:
 
     def messages(self) -> list[LlmMessage]:
         """Every message of the chat, in order; a reply in the making has status "pending"."""
-        return self._rows(self.store.records.message, "position")
+        message = self.store.records.message
+        with self.store.connection():
+            return list(message.select().where(message.chat == self.id).order_by(message.position))
 
     def tool_calls(self) -> list[LlmToolCall]:
         """Every tool call of the chat, those of rolled-back turns too, in the order in which they were asked for."""
-        return self._rows(self.store.records.tool_call, "created_at", "round", "position")
+        return self._of_turns(self.store.records.tool_call, "round", "position")
 
     def requests(self) -> list[LlmRequest]:
         """Every call of a model for this chat, failed ones too, in the order in which they ended."""
-        return self._rows(self.store.records.request, "created_at", "round", "attempt")
+        return self._of_turns(self.store.records.request, "round", "attempt")
 
     def stats(self) -> Stats:
         """Tokens, cost, requests, tool calls and time, summed up in the database."""
@@ -218,14 +222,13 @@ class Chat:
     ) -> Turn:
         """A turn that can work, as far as this can be known before anything is written."""
         setting = self._setting(options)
-        if text is not None:
-            _check_text(text)
         if not may_await and (names := setting.options.toolbox.async_tools()):
             raise AsyncTool(f"the tool {names[0]!r} is async: use aask() or aask_stream(), or make it a plain function")
         return Turn(self.store, setting, self._transcript, text, stream=stream)
 
     def _setting(self, options: dict[str, Any]) -> Setting:
         _check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES))
+        _check_overrides(options)
         ours = {name: value for name, value in options.items() if name in OF_ONE_TURN}
         chosen = self.options.changed(**ours)
         model = options.get("model", self.model)
@@ -246,10 +249,13 @@ class Chat:
             answering_provider=gateway.check_model(llm, model, provider),
         )
 
-    def _rows(self, record: Any, *order: str) -> list[Any]:
+    def _of_turns(self, record: Any, *order: str) -> list[Any]:
+        """Rows in the order of their turns; time tells apart only the tries of one turn."""
+        message: Any = self.store.records.message
+        rows = record.select().join(message, pw.JOIN.LEFT_OUTER, on=(message.id == record.turn_id))
         with self.store.connection():
-            mine = record.select().where(record.chat == self.id)
-            return list(mine.order_by(*(getattr(record, name) for name in order)))
+            by = (message.position, record.created_at, *(getattr(record, name) for name in order))
+            return list(rows.where(record.chat == self.id).order_by(*by))
 
     def _check_stores_requests(self) -> None:
         if not self.options.stores_requests:
@@ -330,15 +336,16 @@ def create_chat(store: Store | pw.Database | str | None = None, **keywords: Any)
     store = as_store(store)
     columns = _columns(store, "create_chat()", keywords, (*STORED, *OPTIONS))
     options = _options(keywords)
-    stored = {name: keywords[name] for name in STORED if name in keywords}
-    _check_stored(stored)
-    with store.connection():
+    stored = {name: keywords[name] for name in OVERRIDES if name in keywords}
+    _check_overrides(stored)
+    stored["metadata"] = _as_stored(keywords.get("metadata"))
+    with store.connection(), _clear_about("create_chat()", columns):
         record = store.records.chat.create(id=uuid7(), **stored, **columns)
     return Chat(store, record, options)
 
 
 def load_chat(
-    store: Store | pw.Database | str | None = None, chat_id: "UUID | str | None" = None, /, **keywords: Any
+    store: Store | pw.Database | str | None = None, chat_id: "UUID | str | None" = None, **keywords: Any
 ) -> Chat | None:
     """The stored chat, or None where there is none of that id, or its columns are not as said.
 
@@ -349,7 +356,7 @@ def load_chat(
     store = as_store(store)
     columns = _columns(store, "load_chat()", keywords, (*OVERRIDES, *OPTIONS))
     overrides = {name: keywords[name] for name in OVERRIDES if name in keywords}
-    _check_stored(overrides)
+    _check_overrides(overrides)
     options = _options(keywords)
     key = _as_key(chat_id)
     if key is None:
@@ -359,7 +366,7 @@ def load_chat(
         getattr(record, name).is_null() if value is None else getattr(record, name) == value
         for name, value in columns.items()
     ]
-    with store.connection():
+    with store.connection(), _clear_about("load_chat()", columns):
         found = record.get_or_none(record.id == key, *matches)
     return Chat(store, found, options, **overrides) if found is not None else None
 
@@ -371,7 +378,7 @@ async def acreate_chat(store: Store | pw.Database | str | None = None, **keyword
 
 
 async def aload_chat(
-    store: Store | pw.Database | str | None = None, chat_id: "UUID | str | None" = None, /, **keywords: Any
+    store: Store | pw.Database | str | None = None, chat_id: "UUID | str | None" = None, **keywords: Any
 ) -> Chat | None:
     """`load_chat`, from asyncio."""
     store = as_store(store)
@@ -384,6 +391,9 @@ def _options(keywords: dict[str, Any]) -> Options:
 
 def _columns(store: Store, call: str, keywords: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     own = store.chat_columns
+    for name in own:
+        if name in (*OPTIONS, "store", "chat_id"):
+            raise InvalidValue(f"the column {name!r} of the chat has the name of a keyword of {call}: choose another")
     _check_keywords(call, keywords, (*known, *own), columns=own)
     return {name: value for name, value in keywords.items() if name in own}
 
@@ -396,26 +406,46 @@ def _check_keywords(call: str, given: dict[str, Any], known: tuple[str, ...], co
             raise UnknownKeyword(f"{call} does not know {name!r}; it takes {options}{own}")
 
 
-def _check_text(text: Any) -> None:
+@contextmanager
+def _clear_about(call: str, columns: dict[str, Any]) -> Iterator[None]:
+    """Say of a value of the application's columns that the database refuses it."""
+    for name, value in columns.items():
+        if isinstance(value, str):
+            _check_storable(name, value)
+    try:
+        yield
+    except (pw.IntegrityError, pw.DataError, OverflowError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in columns.items()) or "none"
+        problem = str(error).partition("\n")[0]
+        raise InvalidValue(f"{call}: {problem}; the columns of the application that were given: {given}") from error
+
+
+def _said(text: Any) -> str:
     if not isinstance(text, str):
         raise InvalidValue(f"a message must be a string, not {type(text).__name__}")
     if not text.strip():
         raise EmptyMessage(f"the message is empty ({text!r}): say something")
     _check_storable("the message", text)
+    return text
 
 
-def _check_stored(stored: dict[str, Any]) -> None:
+def _check_overrides(values: dict[str, Any]) -> None:
     for name in OVERRIDES:
-        value = stored.get(name)
+        value = values.get(name)
         if value is not None and not isinstance(value, str):
             raise InvalidValue(f"{name} must be a string, not {type(value).__name__}")
         _check_storable(name, value or "")
+
+
+def _as_stored(metadata: Any) -> Any:
+    """The metadata as the database will give it back: keys are strings, tuples are lists."""
     try:
-        text = json.dumps(stored.get("metadata"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValue(f"metadata cannot be written as JSON: {error}") from error
-    if "\\u0000" in text:
-        raise InvalidValue("metadata has a NUL character, which a database cannot hold as text")
+    # Within JSON a NUL is written as an escape, and a backslash as two.
+    _check_storable("metadata", re.sub(r"(?<!\\)((?:\\\\)*)\\u0000", "\\1\0", text))
+    return json.loads(text)
 
 
 def _check_storable(what: str, text: str) -> None:

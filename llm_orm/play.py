@@ -139,6 +139,9 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
                                 yield chunk
                     except BaseException as problem:
                         error = problem
+                    else:
+                        if call.has_usage:  # else its tokens are counted, which takes a while: off the loop
+                            value, call = call.ended(), None
                 case effect:
                     try:
                         value = await _aperform(effect, tools)

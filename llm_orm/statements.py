@@ -51,6 +51,11 @@ class Statements:
             params += row_params
         return Sql(f"{self._insert_into(record, names)} VALUES {', '.join(texts)}", tuple(params))
 
+    def insert_once(self, record: type[Record], row: Mapping[str, Any]) -> Sql:
+        """Insert a row unless one of its id is there."""
+        text, params = self.insert(record, row)
+        return Sql(f"{text} ON CONFLICT (id) DO NOTHING", params)
+
     def update(
         self, record: type[Record], values: Mapping[str, Any], *, returning: str | None = None, **where: Any
     ) -> Sql:

@@ -153,7 +153,10 @@ class Store:
 
     def _execute(self, text: str, params: Any) -> list[tuple]:
         cursor = self.database.execute_sql(text, params)
-        return cursor.fetchall() if cursor.description else []
+        try:
+            return cursor.fetchall() if cursor.description else []
+        finally:
+            cursor.close()  # one left open by Ctrl-C would be in the way of the next COMMIT
 
     def _execute_each(self, statements: tuple[Sql, ...]) -> list[tuple]:
         rows: list[tuple] = []
@@ -203,6 +206,7 @@ class Store:
         self.heart.stop()
         if self._executor is not None:
             self._executor.shutdown()
+            self._executor = None  # a turn in progress still has to end, and to say why it cannot be written
         if self._is_ours:
             self.database.close_all()  # type: ignore[attr-defined]
 
@@ -442,7 +446,7 @@ def _check_columns_need_no_value(model: type[Record], base: type[Record]) -> Non
         texts = [str(getattr(constraint, "sql", "")).upper() for constraint in field.constraints or ()]
         if field.name not in base._meta.fields and not field.null and not any("DEFAULT " in text for text in texts):  # type: ignore[attr-defined]
             raise InvalidValue(
-                f"models: {model.__name__}.{field.name} must be null=True or have constraints=[SQL(\"DEFAULT …\")]: "
+                f'models: {model.__name__}.{field.name} must be null=True or have constraints=[SQL("DEFAULT …")]: '
                 "a turn writes the rows of this table, and has no value for it"
             )
 

@@ -23,7 +23,7 @@ class Call:
     """A tool call in a script: Call("get_weather", city="London"), or Call("get_weather", raw='{"city": ').
 
     id     default: "call_1", "call_2", … over the whole script
-    raw    the arguments to the letter, where they are not to be valid JSON
+    raw    the arguments to the letter, where they are not valid JSON, or one of them is named id, raw or signature
     """
 
     def __init__(
@@ -45,8 +45,12 @@ class Call:
 class ProviderError(Exception):
     """A provider's error in a script: ProviderError(429, "slow down", retry_after=1.5).
 
-    429, 408 and 5xx are tried again, others are not, as with a real provider. status_code=None: the connection broke.
+    429, 408 and 5xx are tried again, others are not, as with a real provider. status_code=None: the connection broke,
+    which is tried again, too.
     """
+
+    def __new__(cls, status_code: int | None = 500, *args: Any, **kwargs: Any) -> "ProviderError":
+        return Exception.__new__(APIConnectionError if status_code is None else cls)
 
     def __init__(
         self, status_code: int | None = 500, message: str = "the provider failed", retry_after: float | None = None
@@ -56,6 +60,10 @@ class ProviderError(Exception):
         self.retry_after = retry_after
 
 
+class APIConnectionError(ProviderError):
+    """What litellm, too, calls a connection that broke."""
+
+
 @dataclass(frozen=True)
 class Say:
     """One reply in a script.
@@ -63,7 +71,8 @@ class Say:
     text, thinking, signature, calls
                      what the model says: text, thinking with its signature, tool calls
     input_tokens, output_tokens
-                     default: the number of words; None for both is done by usage=False: the provider sends no usage
+                     default: the number of words that were sent and said
+    usage            False: the provider does not say, and llm_orm counts the tokens itself
     cost             US dollars that the provider reports; default: by the price
     chunks           the pieces that a stream comes in; default: word by word
     error            raised after the text (in a stream: after its chunks)
@@ -111,18 +120,21 @@ class ScriptedLLM:
         input_cost_per_token: Decimal | str | None = None,
         output_cost_per_token: Decimal | str | None = None,
     ):
-        self.script = list(script)
+        self.script: list[Scripted] = []
         self.provider = provider
         self.requests: list[dict[str, Any]] = []
         self._prices = input_cost_per_token, output_cost_per_token
         self._lock = threading.Lock()
         self._calls = 0
+        self.add(*script)
 
     def __repr__(self) -> str:
         return f"<ScriptedLLM {len(self.script)} replies left>"
 
     def add(self, *script: Scripted) -> "ScriptedLLM":
         """Append to the script."""
+        for scripted in script:
+            _check_scripted(scripted)
         self.script += script
         return self
 
@@ -164,12 +176,12 @@ class ScriptedLLM:
         with self._lock:
             self.requests.append(copy.deepcopy(keywords))
             if not self.script:
-                raise AssertionError(
-                    f"the script has no reply for call {len(self.requests)}: {keywords['messages'][-1]}"
-                )
+                last = keywords["messages"][-1:]
+                raise AssertionError(f"the script has no reply for call {len(self.requests)}, which ends in {last}")
             scripted = self.script.pop(0)
         if callable(scripted):
             scripted = scripted(keywords)
+            _check_scripted(scripted)
         if isinstance(scripted, BaseException):
             raise scripted
         if isinstance(scripted, str):
@@ -253,12 +265,22 @@ class ScriptedLLM:
         )
 
 
+def _check_scripted(scripted: Any) -> None:
+    rounds = scripted if isinstance(scripted, list | tuple) else ()
+    is_round = bool(rounds) and all(isinstance(call, Call) for call in rounds)
+    if not (is_round or isinstance(scripted, str | Say | Call | BaseException) or callable(scripted)):
+        raise TypeError(
+            f"a script takes strings, Say, Call, lists of Call, exceptions and functions that return one of these, "
+            f"not {scripted!r}"
+        )
+
+
 def _finish_reason(say: Say) -> str:
     return say.finish_reason or ("tool_calls" if say.calls else "stop")
 
 
 def _pieces(text: str | None) -> list[str]:
-    return re.findall(r"\s*\S+\s*", text) if text else []
+    return re.findall(r"\s*\S+\s*|^\s+$", text) if text else []
 
 
 def _words(text: Any) -> int:

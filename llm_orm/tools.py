@@ -276,12 +276,13 @@ def _parameters_of(function: Callable[..., Any], name: str) -> type[pydantic.Bas
         hints = get_type_hints(function, include_extras=True)
     except (NameError, AttributeError, TypeError, SyntaxError) as error:
         raise InvalidValue(
-            f"the annotations of the tool {name!r} cannot be read: {error}; its types must be there by name, at the top "
-            "of the module, when the tool is made"
+            f"the annotations of the tool {name!r} cannot be read: {error}; the types that they name must be at the "
+            "top of its module, and be there when the tool is made"
         ) from error
     fields: dict[str, Any] = {}
     for position, parameter in enumerate(inspect.signature(function).parameters.values()):
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+        unnamed = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY)
+        if unnamed or parameter.name.startswith("_"):
             raise InvalidValue(f"the tool {name!r} takes {parameter}: give its parameters names that a model can use")
         if position == 0 and parameter.name in ("self", "cls") and parameter.name not in hints:
             raise InvalidValue(f"the tool {name!r} is a method: leave it plain, and give the bound one in tools=[…]")

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import peewee as pw
 
-from .errors import ChatBusy, ChatGone, LlmOrmError, NothingToRetry, ReplyNotSaved, ToolRoundsExceeded
+from .errors import ChatBusy, ChatGone, NothingToRetry, ReplyNotSaved, ToolRoundsExceeded
 from .options import Options
 from .records import LlmMessage, TimeField, now, uuid7
 from .statements import Sql
@@ -103,6 +103,8 @@ class Turn:
     usage: Usage = Usage()
     received: Reply | None = None
     """What the model said last, whole or in part."""
+    request_id: UUID = field(default_factory=uuid7)
+    """Of the last call's row: written twice, where it is not known whether it was, it is there once."""
     opened_at: datetime = field(default_factory=now)
     is_settled: bool = False
 
@@ -131,8 +133,16 @@ class Turn:
                     pause = min(POLL_EVERY_S, self.setting.options.wait - waited)
                     waited += pause
                     yield Wait(pause)
+            except BaseException as error:
+                # Broken off in the middle of it (Ctrl-C), the rows may be there.
+                if not isinstance(error, Exception):
+                    self._give_up(error)
+                raise
 
     def _read(self, rows: list[tuple]) -> None:
+        if len(rows) < 2 or as_uuid(rows[-2][0]) != self.turn_id:
+            # The transcript knows the question already, or messages that were deleted since.
+            rows = self.store.read(self.store.statements.messages_after(self.setting.chat_id, -1))
         self.position = rows[-1][1]
         self.transcript.add(rows, self._tool_results)
         setting = self.setting
@@ -142,16 +152,16 @@ class Turn:
     def _open(self) -> list[tuple]:
         """Write the turn's first two rows and read what the transcript has not seen yet: one transaction."""
         sql, chat_id = self.store.statements, self.setting.chat_id
-        self.opened_at, known = now(), self.transcript.position
+        self.opened_at = now()
         if self.text is None:
             place, written = self._find_unanswered()
-            known = min(known, place - 1)
         else:
             place = sql.next_position(chat_id)
             user = {"id": self.turn_id, "role": "user", "status": "completed", "content": self.text}
             written = [self._message(user, place)]
         placeholder = {"id": self.message_id, "role": "assistant", "status": "pending"}
-        return self.store.transact(*written, self._message(placeholder, place), sql.messages_after(chat_id, known))
+        unread = sql.messages_after(chat_id, self.transcript.position)
+        return self.store.transact(*written, self._message(placeholder, place), unread)
 
     def _message(self, values: dict[str, Any], position: Sql | int) -> Sql:
         times = {"created_at": self.opened_at, "updated_at": self.opened_at}
@@ -252,7 +262,7 @@ class Turn:
             )
             self._log("round %d, attempt %d: %s", number, attempt, answer.status_code)
             self.usage = _sum(self.usage, answer.reply.usage)
-            self.received = answer.reply
+            self.received, self.request_id = answer.reply, uuid7()
             if answer.error is None:
                 return answer, attempt
             self._record(answer, number, attempt)
@@ -317,10 +327,10 @@ class Turn:
 
     def _request(self, answer: Answer, number: int, attempt: int) -> Sql:
         sql, reply, error = self.store.statements, answer.reply, answer.error
-        return sql.insert(
+        return sql.insert_once(
             self.store.records.request,
             {
-                "id": uuid7(),
+                "id": self.request_id,
                 "chat_id": sql.living_chat(self.setting.chat_id),
                 "message_id": sql.living_message(self.message_id),
                 "turn_id": self.turn_id,
@@ -419,6 +429,9 @@ class Turn:
             unsaved.__cause__ = problem
             self._record(_ended_by(answer, unsaved), number, attempt)
             raise unsaved from problem
+        except BaseException as interruption:
+            self._record(_ended_by(answer, interruption), number, attempt)
+            raise
         if not rows:
             raise ReplyNotSaved(
                 f"chat {self.setting.chat_id} was deleted, or this turn was cleared as dead by another process; "
@@ -509,7 +522,7 @@ def _sum(one: Usage, other: Usage) -> Usage:
     )
 
 
-def _ended_by(answer: Answer, error: LlmOrmError) -> Answer:
+def _ended_by(answer: Answer, error: BaseException) -> Answer:
     """The same paid call, as its request row is written once its reply could not be."""
     return Answer(
         reply=answer.reply,
