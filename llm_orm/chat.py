@@ -4,9 +4,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, Unpack
 from uuid import UUID
 
 import peewee as pw
@@ -14,7 +14,7 @@ import peewee as pw
 from . import gateway
 from .errors import AsyncTool, ChatGone, EmptyMessage, InvalidValue, NoModel, UnknownKeyword
 from .options import NAMES as OPTIONS
-from .options import Options
+from .options import Options, TurnOptions
 from .play import Outcome, aplay, play
 from .records import LlmChat, LlmMessage, LlmRequest, LlmToolCall, uuid7
 from .store import Store, as_store
@@ -57,7 +57,8 @@ class Chat:
 
     @property
     def provider(self) -> str | None:
-        return self._overrides.get("provider", self.record.provider)
+        # Another model may be another provider's.
+        return self._overrides.get("provider", None if "model" in self._overrides else self.record.provider)
 
     @property
     def instructions(self) -> str | None:
@@ -69,7 +70,7 @@ class Chat:
 
     # Asking
 
-    def ask(self, text: str, **options: Any) -> LlmMessage:
+    def ask(self, text: str, **options: Unpack[TurnOptions]) -> LlmMessage:
         """Say something and get the stored reply.
 
         options    any of `Options` but persistence and debug, and model, provider, instructions: for this turn
@@ -80,7 +81,7 @@ class Chat:
         """
         return self._play(_said(text), options)
 
-    def ask_stream(self, text: str, **options: Any) -> "Stream":
+    def ask_stream(self, text: str, **options: Unpack[TurnOptions]) -> "Stream":
         """Say something and read the reply as it comes; the stored message is in `.message` afterwards.
 
         Nothing happens before the first chunk is read. A stream that is left early is rolled back or kept (`on_error`),
@@ -89,32 +90,32 @@ class Chat:
         turn, outcome = self._turn(_said(text), options, stream=True), Outcome()
         return Stream(play(turn, outcome), outcome)
 
-    async def aask(self, text: str, **options: Any) -> LlmMessage:
+    async def aask(self, text: str, **options: Unpack[TurnOptions]) -> LlmMessage:
         """`ask`, from asyncio."""
         return await self._aplay(_said(text), options)
 
-    def aask_stream(self, text: str, **options: Any) -> "AsyncStream":
+    def aask_stream(self, text: str, **options: Unpack[TurnOptions]) -> "AsyncStream":
         """`ask_stream`, from asyncio: `async for chunk in chat.aask_stream(…)`."""
         turn, outcome = self._turn(_said(text), options, stream=True, may_await=True), Outcome()
         return AsyncStream(aplay(turn, outcome), outcome)
 
-    def retry(self, **options: Any) -> LlmMessage:
+    def retry(self, **options: Unpack[TurnOptions]) -> LlmMessage:
         """Answer the last user message that was left without a reply, without writing it again.
 
         A failed answer to it that was kept gives way to the new one. Raises `NothingToRetry`.
         """
         return self._play(None, options)
 
-    def retry_stream(self, **options: Any) -> "Stream":
+    def retry_stream(self, **options: Unpack[TurnOptions]) -> "Stream":
         """`retry`, read as it comes."""
         turn, outcome = self._turn(None, options, stream=True), Outcome()
         return Stream(play(turn, outcome), outcome)
 
-    async def aretry(self, **options: Any) -> LlmMessage:
+    async def aretry(self, **options: Unpack[TurnOptions]) -> LlmMessage:
         """`retry`, from asyncio."""
         return await self._aplay(None, options)
 
-    def aretry_stream(self, **options: Any) -> "AsyncStream":
+    def aretry_stream(self, **options: Unpack[TurnOptions]) -> "AsyncStream":
         """`retry_stream`, from asyncio."""
         turn, outcome = self._turn(None, options, stream=True, may_await=True), Outcome()
         return AsyncStream(aplay(turn, outcome), outcome)
@@ -203,30 +204,28 @@ class Chat:
 
     # How
 
-    def _play(self, text: str | None, options: dict[str, Any]) -> LlmMessage:
+    def _play(self, text: str | None, options: TurnOptions) -> LlmMessage:
         outcome = Outcome()
         for _ in play(self._turn(text, options), outcome):
             pass  # only a stream yields chunks
         assert outcome.message is not None
         return outcome.message
 
-    async def _aplay(self, text: str | None, options: dict[str, Any]) -> LlmMessage:
+    async def _aplay(self, text: str | None, options: TurnOptions) -> LlmMessage:
         outcome = Outcome()
         async for _ in aplay(self._turn(text, options, may_await=True), outcome):
             pass
         assert outcome.message is not None
         return outcome.message
 
-    def _turn(
-        self, text: str | None, options: dict[str, Any], *, stream: bool = False, may_await: bool = False
-    ) -> Turn:
+    def _turn(self, text: str | None, options: TurnOptions, *, stream: bool = False, may_await: bool = False) -> Turn:
         """A turn that can work, as far as this can be known before anything is written."""
         setting = self._setting(options)
         if not may_await and (names := setting.options.toolbox.async_tools()):
             raise AsyncTool(f"the tool {names[0]!r} is async: use aask() or aask_stream(), or make it a plain function")
         return Turn(self.store, setting, self._transcript, text, stream=stream)
 
-    def _setting(self, options: dict[str, Any]) -> Setting:
+    def _setting(self, options: TurnOptions) -> Setting:
         _check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES))
         _check_overrides(options)
         ours = {name: value for name, value in options.items() if name in OF_ONE_TURN}
@@ -234,7 +233,6 @@ class Chat:
         model = options.get("model", self.model)
         if not model:
             raise NoModel()
-        # Another model may be another provider's.
         provider = options.get("provider", None if "model" in options else self.provider)
         llm = chosen.llm if chosen.llm is not None else self.store.llm
         return Setting(
@@ -254,7 +252,7 @@ class Chat:
         message: Any = self.store.records.message
         rows = record.select().join(message, pw.JOIN.LEFT_OUTER, on=(message.id == record.turn_id))
         with self.store.connection():
-            by = (message.position, record.created_at, *(getattr(record, name) for name in order))
+            by = (message.position.asc(nulls="first"), record.created_at, *(getattr(record, name) for name in order))
             return list(rows.where(record.chat == self.id).order_by(*by))
 
     def _check_stores_requests(self) -> None:
@@ -344,9 +342,7 @@ def create_chat(store: Store | pw.Database | str | None = None, **keywords: Any)
     return Chat(store, record, options)
 
 
-def load_chat(
-    store: Store | pw.Database | str | None = None, chat_id: "UUID | str | None" = None, **keywords: Any
-) -> Chat | None:
+def load_chat(store: Store | pw.Database | str | None, chat_id: UUID | str | None, **keywords: Any) -> Chat | None:
     """The stored chat, or None where there is none of that id, or its columns are not as said.
 
     keywords    the options of `Options`, which are not stored; model, provider and instructions, in place of the stored
@@ -378,7 +374,7 @@ async def acreate_chat(store: Store | pw.Database | str | None = None, **keyword
 
 
 async def aload_chat(
-    store: Store | pw.Database | str | None = None, chat_id: "UUID | str | None" = None, **keywords: Any
+    store: Store | pw.Database | str | None, chat_id: UUID | str | None, **keywords: Any
 ) -> Chat | None:
     """`load_chat`, from asyncio."""
     store = as_store(store)
@@ -398,7 +394,9 @@ def _columns(store: Store, call: str, keywords: dict[str, Any], known: tuple[str
     return {name: value for name, value in keywords.items() if name in own}
 
 
-def _check_keywords(call: str, given: dict[str, Any], known: tuple[str, ...], columns: list[str] | None = None) -> None:
+def _check_keywords(
+    call: str, given: Mapping[str, Any], known: tuple[str, ...], columns: list[str] | None = None
+) -> None:
     for name in given:
         if name not in known:
             own = "" if columns is None else f"; columns of the application: {', '.join(columns) or 'none'}"
@@ -429,7 +427,7 @@ def _said(text: Any) -> str:
     return text
 
 
-def _check_overrides(values: dict[str, Any]) -> None:
+def _check_overrides(values: Mapping[str, Any]) -> None:
     for name in OVERRIDES:
         value = values.get(name)
         if value is not None and not isinstance(value, str):

@@ -43,6 +43,9 @@ class ChatBusy(TryAgain):
 class DatabaseUnavailable(TryAgain):
     """The database did not answer"""
 
+    nothing_was_sent: bool = False
+    """Whether this is certain: no connection could be had."""
+
 
 class WrongCall(LlmOrmError):
     """The call must be changed before it can succeed"""

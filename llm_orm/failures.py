@@ -5,7 +5,7 @@ litellm's classes are known by name, so that none of it needs litellm.
 
 import email.utils
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -73,7 +73,7 @@ def lost_connection(error: BaseException | None) -> bool:
 def retry_after_of(error: BaseException) -> float | None:
     """Seconds that the provider asked us to wait, by its Retry-After header (RFC 9110, 10.2.3)."""
     own = getattr(error, "retry_after", None)
-    if own is not None:
+    if isinstance(own, int | float):
         return float(own)
     for headers in (
         getattr(getattr(error, "response", None), "headers", None),
@@ -99,15 +99,21 @@ _SECRET_NAME = re.compile(r"key|token|secret|password|credential|authorization",
 _SECRET_TEXT = re.compile(r"\b(sk|pk|gsk|xai|key)-[\w*-]{8,}|\bAIza[\w-]{20,}|(?<=Bearer )[^\s'\"]+", re.IGNORECASE)
 
 
-def secrets_of(keywords: Mapping[str, Any]) -> list[str]:
-    """The values that must not be written down: of what is named like a key, and of every header."""
-    headers = keywords.get("extra_headers") or {}
-    named = [value for name, value in keywords.items() if _SECRET_NAME.search(name)]
-    return [value for value in (*named, *headers.values()) if isinstance(value, str) and len(value) >= 8]
+def secrets_of(settings: Any, is_secret: bool = False) -> Iterator[str]:
+    """The values that must not be written down: of what is named like a key, and of every header, however deep."""
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            named = _SECRET_NAME.search(str(name)) is not None
+            yield from secrets_of(value, is_secret or named or str(name) in ("headers", "extra_headers"))
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from secrets_of(value, is_secret)
+    elif is_secret and isinstance(settings, str) and len(settings) >= 8:
+        yield settings
 
 
 def redacted(text: str, secrets: Iterable[str]) -> str:
-    """The text without the secrets, and without what looks like one. NUL, which no database takes, is written out."""
+    """The text without the secrets, and without what looks like one."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    return _SECRET_TEXT.sub("***", text).replace("\x00", "\\x00")
+    return _SECRET_TEXT.sub("***", text)

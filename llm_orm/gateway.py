@@ -16,7 +16,7 @@ from typing import Any
 from .errors import InvalidValue, UnknownModel
 from .failures import is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
 from .received import Received
-from .values import Answer, Chunk, Message, ModelRequest, Usage
+from .values import Answer, Chunk, Message, ModelRequest, Reply, Usage, storable
 
 
 class LLM:
@@ -82,7 +82,11 @@ def resolve(llm: Any, model: str, provider: str | None) -> tuple[str, str]:
 
 @functools.cache
 def _resolved(model: str, provider: str | None) -> tuple[str, str]:
-    return _two_of(litellm().get_llm_provider, model, provider)
+    name, found = _two_of(litellm().get_llm_provider, model, provider)
+    known = [getattr(each, "value", each) for each in litellm().provider_list]
+    if found not in known:
+        raise UnknownModel(f"litellm knows no provider {found!r}; it knows {', '.join(sorted(known))}")
+    return name, found
 
 
 def _two_of(get_llm_provider: Any, model: str, provider: str | None) -> tuple[str, str]:
@@ -239,12 +243,27 @@ class Call:
                 self.shown = True
                 yield Chunk(tool_call=call)
 
-    @property
-    def has_usage(self) -> bool:
-        return self.received.usage is not None
+    def unfinished(self) -> BaseException | None:
+        """What ended the call, where it did not come to its end and nothing else says why."""
+        return None if self.stopped else GeneratorExit()
 
     def ended(self, error: BaseException | None = None) -> Answer:
-        """How the call ended; its usage is counted here where the provider sent none."""
+        """How the call ended; its usage is counted here where the provider sent none. Never raises."""
+        try:
+            return self._ended(error)
+        except Exception as problem:
+            # What came makes no sense; that it came is on record all the same.
+            usage = self.received.usage or Usage(estimated=True)
+            return Answer(
+                reply=Reply(model=self.model, provider=self.provider or "unknown", usage=usage),
+                error=error or problem,
+                error_message=storable(redacted(str(error or problem), secrets_of(self._credentials()))),
+                status_code=status_of(error) if error else 200,
+                streamed=self.request.stream,
+                shown=self.shown,
+            )
+
+    def _ended(self, error: BaseException | None) -> Answer:
         error = unwrapped(error) if error is not None else None
         status = 200 if error is None else status_of(error)
         usage = self.received.usage if error is None else None
@@ -254,7 +273,7 @@ class Call:
         return Answer(
             reply=self.received.reply(model, provider, usage, self._cost(model, provider, usage, error, status)),
             error=error,
-            error_message=None if error is None else redacted(str(error), secrets_of(self._credentials())),
+            error_message=None if error is None else storable(redacted(str(error), secrets_of(self._credentials()))),
             status_code=status,
             duration_ms=self._milliseconds(self.stopped or time.perf_counter()),
             first_token_ms=None if self.first_token is None else self._milliseconds(self.first_token),
@@ -276,7 +295,8 @@ class Call:
 
     def _credentials(self) -> dict[str, Any]:
         """Everything that a key may be in."""
-        return {**getattr(self.llm, "defaults", {}), **self.request.options, **os.environ}
+        known: dict[str, Any] = {"options": dict(self.request.options), "environment": dict(os.environ)}
+        return known | {"llm": getattr(self.llm, "defaults", None), "router": getattr(self.llm, "model_list", None)}
 
     @contextmanager
     def _client(self) -> Generator[dict[str, Any]]:
@@ -335,7 +355,7 @@ class Call:
     def _estimated(self, error: BaseException | None) -> Usage:
         """The tokens of a call whose provider did not say, or did not come to say, all of them."""
         if isinstance(error, Exception) and not self.received.has_output:
-            return Usage()  # the provider refused, or was not reached
+            return self.received.usage or Usage()  # the provider refused, or was not reached
         text, said = self.received.everything_written(), self.received.usage or Usage()
         written = count_tokens(self.llm, self.model, text=text) if text else 0
         return replace(

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-BEAT_EVERY_S = 10.0
+BEAT_EVERY_S = 5.0
 
 log = logging.getLogger("llm_orm")
 
 
 class Heart:
-    """Calls `beat(message_ids)` every ten seconds for the turns in progress; short turns never get there."""
+    """Calls `beat(message_ids)` every five seconds for the turns in progress; short turns never get there."""
 
     def __init__(self, beat: Callable[[list[Any]], None], every_s: float = BEAT_EVERY_S):
         self._beat = beat
@@ -26,7 +26,7 @@ class Heart:
     @contextmanager
     def beating(self, message_id: UUID) -> Iterator[None]:
         self._turns.add(message_id)
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():  # it does not live on in a forked process
             self._start()
         try:
             yield
@@ -38,7 +38,7 @@ class Heart:
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="llm_orm heart", daemon=True)
                 self._thread.start()
 

@@ -1,9 +1,10 @@
 """What can be set on a chat without being stored: when it is made or loaded, and for one turn."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from .errors import InvalidValue
 from .tools import Toolbox
@@ -33,7 +34,7 @@ class Options:
     persistence       {"tool_calls": False, "requests": False} leaves those tables alone
     on_error          "rollback": a failed turn leaves the user's message only; "keep": also what was received
     wait              seconds to wait while another turn of the chat is running; 0: ChatBusy at once
-    stale_after       seconds without a sign of life after which a running turn counts as dead; 0: at once
+    stale_after       seconds, 10 or more, without a sign of life after which a running turn counts as dead; 0: at once
     debug             say on stderr what happens
     """
 
@@ -58,8 +59,10 @@ class Options:
 
     def __post_init__(self) -> None:
         _check("tools", self.tools, "must be a list of functions and tools", _is_list)
-        object.__setattr__(self, "tools", tuple(self.tools or ()))
-        object.__setattr__(self, "toolbox", Toolbox(self.tools))
+        object.__setattr__(
+            self, "toolbox", self.tools if isinstance(self.tools, Toolbox) else Toolbox(self.tools or ())
+        )
+        object.__setattr__(self, "tools", self.toolbox)  # which a change of other options takes over as it is
         _check("retries", self.retries, "must be a number of retries, 0 or more, or a Retries", _is_retries)
         if isinstance(self.retries, int):
             object.__setattr__(self, "retries", replace(Retries(), attempts=self.retries))
@@ -73,7 +76,7 @@ class Options:
         _check("tool_concurrency", self.tool_concurrency, "must be 1 or more", lambda v: _is_count(v) and v > 0)
         _check("history", self.history, "must be a number of turns or a function", _is_history)
         _check("wait", self.wait, "must be seconds", _is_seconds)
-        _check("stale_after", self.stale_after, "must be seconds", _is_seconds)
+        _check("stale_after", self.stale_after, "must be 0, or 10 seconds or more", _is_stale_after)
         _check("params", self.params, f"must be keywords of completion(), less {', '.join(OURS)}", _is_params)
         _check("persistence", self.persistence, 'takes "tool_calls" and "requests", True or False', _is_persistence)
         _check("thinking", self.thinking, 'must be {"effort": …} or {"budget": tokens}', _is_thinking)
@@ -91,9 +94,10 @@ class Options:
 
     def for_completion(self) -> dict[str, Any]:
         """The keywords that a call of `completion()` gets: the same on every round of a turn."""
-        keywords: dict[str, Any] = dict(self.params)
+        # Copies: litellm writes into schemas, and what it writes for one provider is wrong for another.
+        keywords: dict[str, Any] = copy.deepcopy(dict(self.params))
         if self.toolbox.schemas:
-            keywords["tools"] = self.toolbox.schemas
+            keywords["tools"] = copy.deepcopy(self.toolbox.schemas)
         if self.temperature is not None:
             keywords["temperature"] = self.temperature
         if self.max_tokens is not None:
@@ -105,6 +109,29 @@ class Options:
         if self.thinking:
             keywords |= _thinking_keywords(self.thinking)
         return keywords
+
+
+class TurnOptions(TypedDict, total=False):
+    """What `ask` takes for one turn, for type checkers: `Options` but persistence and debug, and three stored ones."""
+
+    model: str | None
+    provider: str | None
+    instructions: str | None
+    llm: Any
+    tools: Any
+    temperature: float | None
+    max_tokens: int | None
+    thinking: Mapping[str, Any] | None
+    params: Mapping[str, Any]
+    headers: Mapping[str, str]
+    request_timeout: float | None
+    max_tool_calls: int
+    tool_concurrency: int
+    retries: Retries | int
+    history: History
+    on_error: Literal["rollback", "keep"]
+    wait: float
+    stale_after: float
 
 
 NAMES = tuple(option.name for option in fields(Options) if option.init)
@@ -136,11 +163,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
+def _is_stale_after(value: Any) -> bool:
+    return _is_seconds(value) and (value == 0 or value >= 10)  # a living turn is heard of every five seconds
+
+
 def _is_seconds(value: Any) -> bool:
     return _is_number(value) and value >= 0
 
 
 def _is_list(value: Any) -> bool:
+    if isinstance(value, Toolbox):
+        return True
     return value is None or (isinstance(value, Iterable) and not isinstance(value, str | Mapping))
 
 

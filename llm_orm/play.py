@@ -6,6 +6,7 @@ model, a tool and a hook, and nothing about the order of a turn.
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import time
 from collections.abc import AsyncGenerator, Generator
@@ -17,10 +18,11 @@ from typing import Any
 
 from .errors import AsyncTool
 from .gateway import Call
+from .options import Options
 from .records import LlmMessage
-from .tools import Toolbox
+from .tools import ToolContext
 from .turn import CallHook, CallModel, Effect, Flow, RunTools, Turn, Wait
-from .values import Chunk, ToolOutcome
+from .values import Chunk, ToolCall, ToolOutcome
 
 
 @dataclass
@@ -51,7 +53,8 @@ def advance(flow: Flow, value: Any = None, error: BaseException | None = None, c
 
 def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
     turn.store.check_outside_transaction()
-    flow, tools = turn.run(), _Threads(turn.setting.options.toolbox)
+    flow, tools = turn.run(), _Threads(turn.setting.options)
+    call, error = None, None
     try:
         step = advance(flow)
         while step.effect is not None:
@@ -69,11 +72,13 @@ def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
                         value = _perform(effect, tools)
                     except BaseException as problem:
                         error = problem
-            step = advance(flow, value, error, call)
+            step, call = advance(flow, value, error, call), None
         if step.error is not None:
             raise step.error
         outcome.message = step.result
     finally:
+        if call is not None:  # a signal came between the reply and its row
+            advance(flow, None, error or call.unfinished(), call)
         flow.close()
         tools.close()
 
@@ -95,8 +100,9 @@ def _perform(effect: RunTools | CallHook | Wait, tools: "_Threads") -> Any:
 class _Threads:
     """Tool calls on this thread where one runs alone, else side by side on threads."""
 
-    def __init__(self, toolbox: Toolbox):
-        self.toolbox = toolbox
+    def __init__(self, options: Options):
+        self.toolbox = options.toolbox
+        self.at_once = options.tool_concurrency
         self.executor: ThreadPoolExecutor | None = None
         self.running: dict[str, Future[ToolOutcome]] = {}
 
@@ -105,7 +111,7 @@ class _Threads:
             call, context = effect.calls[0]
             return self.toolbox.run(call, context)
         if self.executor is None:
-            self.executor = ThreadPoolExecutor(thread_name_prefix="llm_orm tool")
+            self.executor = ThreadPoolExecutor(self.at_once, thread_name_prefix="llm_orm tool")
         for call, context in effect.calls:
             if call.id not in self.running:
                 run = contextvars.copy_context().run
@@ -124,8 +130,9 @@ class _Threads:
 
 async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
     turn.store.check_outside_transaction()
-    flow, tools = turn.run(), _Tasks(turn.setting.options.toolbox)
+    flow, tools = turn.run(), _Tasks(turn.setting.options)
     off_the_loop = turn.store.off_the_loop
+    call, error = None, None
     try:
         step = await off_the_loop(advance, flow)
         while step.effect is not None:
@@ -139,20 +146,20 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
                                 yield chunk
                     except BaseException as problem:
                         error = problem
-                    else:
-                        if call.has_usage:  # else its tokens are counted, which takes a while: off the loop
-                            value, call = call.ended(), None
                 case effect:
                     try:
                         value = await _aperform(effect, tools)
                     except BaseException as problem:
                         error = problem
-            step = await off_the_loop(advance, flow, value, error, call)
+            told, call = call, None
+            step = await off_the_loop(advance, flow, value, error, told)
         if step.error is not None:
             raise step.error
         outcome.message = step.result
     finally:
         try:
+            if call is not None:
+                await off_the_loop(advance, flow, None, error or call.unfinished(), call)
             if inspect.getgeneratorstate(flow) != inspect.GEN_CLOSED:
                 await off_the_loop(flow.close)
         finally:
@@ -173,18 +180,25 @@ async def _aperform(effect: RunTools | CallHook | Wait, tools: "_Tasks") -> Any:
 class _Tasks:
     """Tool calls as tasks: async ones on the loop, plain ones on threads."""
 
-    def __init__(self, toolbox: Toolbox):
-        self.toolbox = toolbox
-        self.running: dict[str, asyncio.Task[ToolOutcome]] = {}
+    def __init__(self, options: Options):
+        self.toolbox = options.toolbox
+        self.at_once = options.tool_concurrency
+        self.executor: ThreadPoolExecutor | None = None
+        self.running: dict[str, asyncio.Future[ToolOutcome]] = {}
+
+    def _start(self, call: ToolCall, context: ToolContext) -> asyncio.Future[ToolOutcome]:
+        if self.toolbox.is_async(call):
+            return asyncio.ensure_future(self.toolbox.arun(call, context))
+        if self.executor is None:
+            self.executor = ThreadPoolExecutor(self.at_once, thread_name_prefix="llm_orm tool")
+        here = contextvars.copy_context()
+        run = functools.partial(self.toolbox.run, call, context)
+        return asyncio.get_running_loop().run_in_executor(self.executor, lambda: here.run(run))
 
     async def first_of(self, effect: RunTools) -> ToolOutcome:
         for call, context in effect.calls:
             if call.id not in self.running:
-                if self.toolbox.is_async(call):
-                    work = self.toolbox.arun(call, context)
-                else:
-                    work = asyncio.to_thread(self.toolbox.run, call, context)
-                self.running[call.id] = asyncio.ensure_future(work)
+                self.running[call.id] = self._start(call, context)
         await asyncio.wait(self.running.values(), return_when=asyncio.FIRST_COMPLETED)
         for call, _ in effect.calls:
             if self.running[call.id].done():
@@ -194,5 +208,9 @@ class _Tasks:
     async def close(self) -> None:
         for task in self.running.values():
             task.cancel()
-        if self.running:
-            await asyncio.wait(self.running.values())
+        try:
+            if self.running:
+                await asyncio.wait(self.running.values())
+        finally:
+            if self.executor is not None:
+                self.executor.shutdown(wait=not self.running, cancel_futures=True)

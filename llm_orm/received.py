@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from .values import Chunk, Message, Reply, ToolCall, Usage
+from .values import Chunk, Message, Reply, ToolCall, Usage, storable
 
 REPEATED_FIELDS = ("thinking_blocks", "reasoning_content")
 """What litellm says twice: on the message, and among the provider's own fields."""
@@ -85,7 +85,7 @@ class Received:
                 return
 
     def _add_delta(self, delta: Any) -> tuple[str, str, bool]:
-        content = getattr(delta, "content", None) or ""
+        content = _text_of(getattr(delta, "content", None))
         thinking = getattr(delta, "reasoning_content", None) or ""
         if content:
             self.content.append(content)
@@ -140,21 +140,21 @@ class Received:
         taken = set(self.taken_call_ids)
         calls = []
         for call in self.calls:
-            call_id = _fresh_id(call["id"], taken)
+            call_id = _fresh_id(storable(call["id"]), taken)
             taken.add(call_id)
             signature = call.get("fields", {}).get("thought_signature")
-            calls.append(ToolCall(call_id, call["name"], call["arguments"], signature))
+            calls.append(ToolCall(call_id, storable(call["name"]), storable(call["arguments"]), signature))
         return tuple(calls)
 
     def reply(self, model: str, provider: str, usage: Usage, cost: Decimal | None) -> Reply:
         signatures = [block["signature"] for block in self.blocks if block.get("signature")]
         calls = self.tool_calls()
         return Reply(
-            content="".join(self.content) or None,
-            thinking="".join(self.thinking) or None,
+            content=storable("".join(self.content)) or None,
+            thinking=storable("".join(self.thinking)) or None,
             thinking_signature=signatures[-1] if signatures else None,
             tool_calls=calls,
-            message=self._message(calls),
+            message=_storable_throughout(self._message(calls)),
             usage=usage,
             cost=cost,
             finish_reason=self.finish_reason,
@@ -180,6 +180,21 @@ class Received:
         return message
 
 
+def _text_of(content: Any) -> str:
+    """The text of a message, which some providers send in parts."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    return content or ""
+
+
+def _storable_throughout(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, dict):
+        return {name: _storable_throughout(item) for name, item in value.items()}
+    return [_storable_throughout(item) for item in value] if isinstance(value, list) else value
+
+
 def render_tool_call(call: ToolCall, fields: Mapping[str, Any] | None) -> dict[str, Any]:
     rendered: dict[str, Any] = {
         "id": call.id,
@@ -192,8 +207,14 @@ def render_tool_call(call: ToolCall, fields: Mapping[str, Any] | None) -> dict[s
 
 
 def _reported_cost(usage: Any) -> Decimal | None:
+    """What the provider says it charged: a number, or a mapping with its total."""
     cost = getattr(usage, "cost", None)
-    return None if cost is None else Decimal(str(cost))
+    cost = cost.get("total_cost") if isinstance(cost, Mapping) else cost
+    try:
+        dollars = Decimal(str(cost))
+    except InvalidOperation:
+        return None
+    return dollars if dollars.is_finite() else None
 
 
 def parse_usage(usage: Any) -> Usage | None:

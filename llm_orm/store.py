@@ -111,10 +111,12 @@ class Store:
                 "a SqliteDatabase in memory is there only for the thread that opened it, and as long as it is open: "
                 'use connect("sqlite:///:memory:"), whose .database all threads may use'
             )
+        is_open = not opened
         try:
-            if opened:
-                _open(database)
             try:
+                if opened:
+                    _open(database)
+                    is_open = True
                 yield
             finally:
                 if opened:
@@ -123,6 +125,8 @@ class Store:
             ours = self._translated(error)
             if ours is None:
                 raise
+            if isinstance(ours, DatabaseUnavailable):
+                ours.nothing_was_sent = not is_open
             raise ours from error
 
     def transact(self, *statements: Sql) -> list[tuple]:

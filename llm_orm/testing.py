@@ -22,8 +22,9 @@ __all__ = ["Call", "ProviderError", "Say", "ScriptedLLM"]
 class Call:
     """A tool call in a script: Call("get_weather", city="London"), or Call("get_weather", raw='{"city": ').
 
-    id     default: "call_1", "call_2", … over the whole script
-    raw    the arguments to the letter, where they are not valid JSON, or one of them is named id, raw or signature
+    call_id    default: "call_1", "call_2", … over the whole script
+    raw        the arguments to the letter, where they are not valid JSON, or one of them is named as one of these
+    signature  of the thought behind it, as Gemini sends one
     """
 
     def __init__(
@@ -31,13 +32,13 @@ class Call:
         name: str,
         /,
         *,
-        id: str | None = None,
+        call_id: str | None = None,
         raw: str | None = None,
         signature: str | None = None,
         **arguments: Any,
     ):
         self.name = name
-        self.id = id
+        self.call_id = call_id
         self.signature = signature
         self.arguments = json.dumps(arguments) if raw is None else raw
 
@@ -239,7 +240,9 @@ class ScriptedLLM:
         for call in say.calls:
             self._calls += 1
             function = SimpleNamespace(name=call.name, arguments=call.arguments)
-            made = SimpleNamespace(id=f"call_{self._calls}" if call.id is None else call.id, function=function)
+            made = SimpleNamespace(
+                id=f"call_{self._calls}" if call.call_id is None else call.call_id, function=function
+            )
             if call.signature:
                 made.provider_specific_fields = {"thought_signature": call.signature}
             calls.append(made)

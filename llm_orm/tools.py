@@ -1,8 +1,10 @@
 """Function or class → tool: its JSON schema (by pydantic), and the checking and running of a call's arguments."""
 
+import asyncio
 import functools
 import inspect
 import json
+import logging
 import re
 import time
 import types
@@ -17,7 +19,9 @@ import pydantic
 import pydantic_core
 
 from .errors import InvalidValue, ToolError
-from .values import ToolCall, ToolOutcome
+from .values import ToolCall, ToolOutcome, storable
+
+log = logging.getLogger("llm_orm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,12 @@ class Toolbox:
             result = _as_text(call, await made.execute(**keywords))
         except Exception as error:
             return self._failed(call, error, started)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Something that the tool waited for was cancelled, not the turn.
+            return self._failed(call, RuntimeError(f"cancelled: {error}"), started)
         return ToolOutcome(call, result, duration_ms=_milliseconds_since(started))
 
     def _prepare(self, call: ToolCall, context: ToolContext) -> tuple[Tool, dict[str, Any]]:
@@ -193,11 +203,13 @@ class Toolbox:
 
     def _failed(self, call: ToolCall, error: Exception, started: float) -> ToolOutcome:
         known = isinstance(error, (_Unavailable, _InvalidArguments, _NoResult))
+        if not known and not isinstance(error, ToolError):
+            log.warning("the tool %r failed, and the model was told: %r", call.name, error, exc_info=error)
         return ToolOutcome(
             call,
-            result=_storable(str(error) if known else f"Error executing tool {call.name!r}: {error}"),
+            result=storable(str(error) if known else f"Error executing tool {call.name!r}: {error}"),
             status="failed",
-            error=_storable(str(error) if known else f"{type(error).__name__}: {error}"),
+            error=storable(str(error) if known else f"{type(error).__name__}: {error}"),
             duration_ms=_milliseconds_since(started),
             fatal=error if isinstance(error, ToolError) and error.fatal else None,
         )
@@ -218,7 +230,7 @@ class _NoResult(Exception):
 def _as_text(call: ToolCall, result: Any) -> str:
     """The text that the model is shown: a string as it is, anything else as JSON."""
     if isinstance(result, str):
-        return _storable(result)
+        return storable(result)
     if inspect.isawaitable(result):
         getattr(result, "close", lambda: None)()
         raise TypeError("it returned an awaitable: make it an async function, which aask() awaits")
@@ -230,15 +242,6 @@ def _as_text(call: ToolCall, result: Any) -> str:
     except Exception as error:
         # It did its work all the same: the model should not call it again for that.
         raise _NoResult(f"The tool {call.name!r} ran, but its result cannot be written as JSON: {error}") from error
-
-
-def _storable(text: str) -> str:
-    """The text; as a JSON string where it has NUL or half a character, which no database can hold as text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(text)
-    return json.dumps(text, ensure_ascii=False) if "\x00" in text else text
 
 
 def _milliseconds_since(started: float) -> int:

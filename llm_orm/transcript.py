@@ -1,6 +1,5 @@
 """Rows → the messages a model is shown."""
 
-import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,7 +134,14 @@ def _without_provider_fields(message: Message) -> Message:
 
 def _copied(message: Message) -> Message:
     """A copy that the model's library may write into."""
-    return dict(message) if len(message) == 2 else copy.deepcopy(message)
+    return dict(message) if len(message) == 2 else _deep_copied(message)
+
+
+def _deep_copied(value: Any) -> Any:
+    """As `copy.deepcopy`, of JSON alone, which is several times faster."""
+    if isinstance(value, dict):
+        return {name: _deep_copied(item) for name, item in value.items()}
+    return [_deep_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def as_json(value: Any) -> Any:

@@ -17,7 +17,15 @@ from uuid import UUID
 
 import peewee as pw
 
-from .errors import ChatBusy, ChatGone, NothingToRetry, ReplyNotSaved, ToolRoundsExceeded
+from .errors import (
+    ChatBusy,
+    ChatGone,
+    NothingToRetry,
+    ReplyNotSaved,
+    TablesMissing,
+    ToolRoundsExceeded,
+    WrongSetup,
+)
 from .options import Options
 from .records import LlmMessage, TimeField, now, uuid7
 from .statements import Sql
@@ -30,6 +38,9 @@ log = logging.getLogger("llm_orm")
 
 POLL_EVERY_S = 0.05
 """How often a caller who waits for a busy chat looks again."""
+
+MOST_TRIES = 5
+"""How often a claim is tried again at once, where nobody is seen in its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +118,10 @@ class Turn:
     """Of the last call's row: written twice, where it is not known whether it was, it is there once."""
     opened_at: datetime = field(default_factory=now)
     is_settled: bool = False
+    unrecorded: tuple[Answer, int, int] | None = None
+    """A call whose request row is not known to be written: (answer, round, attempt)."""
+    replaces: tuple[UUID, int] | None = None
+    """The failed answer that gives way to this one, once there is one: (id, position)."""
 
     def run(self) -> Flow:
         rows = yield from self._claim()
@@ -122,27 +137,28 @@ class Turn:
     # The claim: the user's message and the placeholder, or ChatBusy
 
     def _claim(self) -> Generator[Effect, Any, list[tuple]]:
-        waited = 0.0
+        waited, tries = 0.0, 0
         while True:
             try:
                 return self._open()
             except pw.IntegrityError as error:
-                if not self._make_room(error):
-                    if waited >= self.setting.options.wait:
-                        raise self._busy() from error
-                    pause = min(POLL_EVERY_S, self.setting.options.wait - waited)
-                    waited += pause
-                    yield Wait(pause)
-            except BaseException as error:
-                # Broken off in the middle of it (Ctrl-C), the rows may be there.
-                if not isinstance(error, Exception):
-                    self._give_up(error)
-                raise
+                tries += 1
+                if self._make_room(error):
+                    if tries > MOST_TRIES:
+                        raise  # it is not another turn that is in the way
+                    continue
+                if waited >= self.setting.options.wait:
+                    raise self._busy() from error
+                pause = min(POLL_EVERY_S, self.setting.options.wait - waited)
+                waited, tries = waited + pause, 0
+                yield Wait(pause)
 
     def _read(self, rows: list[tuple]) -> None:
         if len(rows) < 2 or as_uuid(rows[-2][0]) != self.turn_id:
             # The transcript knows the question already, or messages that were deleted since.
             rows = self.store.read(self.store.statements.messages_after(self.setting.chat_id, -1))
+        if self.replaces:
+            rows = [row for row in rows if as_uuid(row[0]) != self.replaces[0]]
         self.position = rows[-1][1]
         self.transcript.add(rows, self._tool_results)
         setting = self.setting
@@ -153,23 +169,32 @@ class Turn:
         """Write the turn's first two rows and read what the transcript has not seen yet: one transaction."""
         sql, chat_id = self.store.statements, self.setting.chat_id
         self.opened_at = now()
+        written: list[Sql] = []
         if self.text is None:
-            place, written = self._find_unanswered()
+            place = self._find_unanswered()
         else:
             place = sql.next_position(chat_id)
             user = {"id": self.turn_id, "role": "user", "status": "completed", "content": self.text}
-            written = [self._message(user, place)]
+            written.append(self._message(user, place))
         placeholder = {"id": self.message_id, "role": "assistant", "status": "pending"}
         unread = sql.messages_after(chat_id, self.transcript.position)
-        return self.store.transact(*written, self._message(placeholder, place), unread)
+        try:
+            return self.store.transact(*written, self._message(placeholder, place), unread)
+        except (pw.IntegrityError, WrongSetup):
+            raise
+        except BaseException as error:
+            # Broken off in the middle of it, the rows may be there.
+            if not getattr(error, "nothing_was_sent", False):
+                self._clear_placeholder(error, sql.delete(self.store.records.message, id=self.message_id))
+            raise
 
     def _message(self, values: dict[str, Any], position: Sql | int) -> Sql:
         times = {"created_at": self.opened_at, "updated_at": self.opened_at}
         row = {**values, "chat_id": self.setting.chat_id, "position": position, **times}
         return self.store.statements.insert(self.store.records.message, row)
 
-    def _find_unanswered(self) -> tuple[int, list[Sql]]:
-        """The place of the answer to the last user message, and what clears it of an answer that failed.
+    def _find_unanswered(self) -> int:
+        """Where the answer to the last user message goes; behind an answer that failed, until it takes its place.
 
         The place is named, not computed anew: where another turn answers meanwhile, it is taken.
         """
@@ -177,11 +202,12 @@ class Turn:
         last = self.store.read(sql.last_message(chat_id))
         row_id, position, role, status = last[0] if last else (None, -1, None, None)
         if role == "user":
-            self.turn_id = as_uuid(row_id)
-            return position + 1, []
-        if role == "assistant" and status in ("failed", "incomplete"):
-            self.turn_id = as_uuid(self.store.read(sql.turn_of(chat_id, position))[0][0])
-            return position, [sql.delete(self.store.records.message, id=as_uuid(row_id))]
+            self.turn_id, self.replaces = as_uuid(row_id), None
+            return position + 1
+        question = self.store.read(sql.turn_of(chat_id, position))
+        if role == "assistant" and status in ("failed", "incomplete") and question:
+            self.turn_id, self.replaces = as_uuid(question[0][0]), (as_uuid(row_id), position)
+            return position + 1
         raise NothingToRetry(f"chat {chat_id} has no unanswered user message: use ask()")
 
     def _make_room(self, error: pw.IntegrityError) -> bool:
@@ -191,8 +217,6 @@ class Turn:
         if not pending:
             if not self.store.read(sql.chat_exists(chat_id)):
                 raise ChatGone(f"there is no chat {chat_id}: it was deleted") from error
-            if "unique" not in str(error).lower():
-                raise error
             return True  # the other turn has ended meanwhile
         message_id, seen = pending[0]
         # The clocks of two machines differ: a sign of life from the future is one from now.
@@ -218,9 +242,9 @@ class Turn:
 
     def _busy(self) -> ChatBusy:
         return ChatBusy(
-            f"chat {self.setting.chat_id} is busy with another turn; wait=seconds waits for it, and a turn whose "
-            "process died is cleared once it gave no sign of life for "
-            f"stale_after={self.setting.options.stale_after:g} seconds"
+            f"chat {self.setting.chat_id} is busy with another turn; wait=seconds waits for it; a stream of yours that "
+            "was left unread is a turn, too, until you close() it; a turn whose process died is cleared once it gave "
+            f"no sign of life for stale_after={self.setting.options.stale_after:g} seconds"
         )
 
     # The conversation with the model: rounds of calls and tools, to the last word
@@ -263,6 +287,7 @@ class Turn:
             self._log("round %d, attempt %d: %s", number, attempt, answer.status_code)
             self.usage = _sum(self.usage, answer.reply.usage)
             self.received, self.request_id = answer.reply, uuid7()
+            self.unrecorded = (answer, number, attempt)
             if answer.error is None:
                 return answer, attempt
             self._record(answer, number, attempt)
@@ -317,13 +342,16 @@ class Turn:
             return
         try:
             self.store.transact(self._request(answer, number, attempt))
+            self.unrecorded = None
         except Exception as problem:
+            self.unrecorded = None
             if answer.error is None:
                 raise ReplyNotSaved(
                     f"the request row of a paid call could not be written: {problem}; the reply is in .reply",
                     reply=answer.reply,
                 ) from problem
             answer.error.add_note(f"llm_orm: the request row of this call could not be written: {problem}")
+            log.warning("the request row of a failed call could not be written: %s", problem)
 
     def _request(self, answer: Answer, number: int, attempt: int) -> Sql:
         sql, reply, error = self.store.statements, answer.reply, answer.error
@@ -413,7 +441,7 @@ class Turn:
         columns = self._columns(answer.reply, "completed")
         time = {"updated_at": columns["updated_at"]}
         touched = self.store.statements.update(self.store.records.chat, time, id=self.setting.chat_id)
-        self._write(answer, number, attempt, touched, self._update_message(columns))
+        self._write(answer, number, attempt, touched, *self._settle(columns))
         self.is_settled = True
         return self._stored_message(columns)
 
@@ -422,16 +450,11 @@ class Turn:
         try:
             request = [self._request(answer, number, attempt)] if self.setting.options.stores_requests else []
             rows = self.store.transact(*request, *statements)
+            self.unrecorded = None
         except Exception as problem:
-            unsaved = ReplyNotSaved(
+            raise ReplyNotSaved(
                 f"the model's reply could not be written: {problem}; it is in .reply, whole", reply=answer.reply
-            )
-            unsaved.__cause__ = problem
-            self._record(_ended_by(answer, unsaved), number, attempt)
-            raise unsaved from problem
-        except BaseException as interruption:
-            self._record(_ended_by(answer, interruption), number, attempt)
-            raise
+            ) from problem
         if not rows:
             raise ReplyNotSaved(
                 f"chat {self.setting.chat_id} was deleted, or this turn was cleared as dead by another process; "
@@ -443,6 +466,14 @@ class Turn:
         """Update the assistant message, as long as it is still ours."""
         ours = {"id": self.message_id, "status": "pending"}
         return self.store.statements.update(self.store.records.message, columns, returning="id", **ours)
+
+    def _settle(self, columns: dict[str, Any]) -> list[Sql]:
+        """Update the message for good, in the place of the failed answer that it replaces."""
+        if self.replaces is None:
+            return [self._update_message(columns)]
+        replaced, self.position = self.replaces
+        gone = self.store.statements.delete(self.store.records.message, id=replaced)
+        return [gone, self._update_message({**columns, "position": self.position})]
 
     def _columns(self, reply: Reply, status: str) -> dict[str, Any]:
         return {
@@ -479,31 +510,45 @@ class Turn:
         )
 
     def _give_up(self, error: BaseException) -> None:
-        """Leave the chat as `on_error` says. A rollback that fails does not hide why there was one."""
+        """Leave the chat as `on_error` says, with every call on record."""
         sql = self.store.statements
+        if self.unrecorded is not None:
+            answer, number, attempt = self.unrecorded
+            self._record(answer if answer.error else _ended_by(answer, error), number, attempt)
         statements: list[Sql] = []
         if self.rounds and self.setting.options.stores_tool_calls:
             statements.append(sql.interrupt_tool_calls(id=self.message_id))
-        if self.setting.options.on_error == "keep":
-            statements.append(self._keep(error))
-        else:
-            statements.append(sql.delete(self.store.records.message, id=self.message_id, status="pending"))
+        statements += self._kept(error) or [
+            sql.delete(self.store.records.message, id=self.message_id, status="pending")
+        ]
+        self._clear_placeholder(error, *statements)
+        self._log("gave up: %s", type(error).__name__)
+
+    def _kept(self, error: BaseException) -> list[Sql]:
+        """What keeps the failed answer, where it is to be kept; an empty one does not replace another."""
+        if self.setting.options.on_error != "keep":
+            return []
+        received = self.received or Reply(model=self.setting.model, provider=self.setting.answering_provider)
+        if self.replaces and not (self.rounds or received.content):
+            return []
+        if self.rounds and received.content and received.message is not self.rounds[-1]:
+            self.rounds.append({"role": "assistant", "content": received.content})
+        return self._settle(self._columns(received, "failed" if isinstance(error, Exception) else "incomplete"))
+
+    def _clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
+        """Clear it; where that fails, it does not hide why it was to be done."""
         try:
             self.store.transact(*statements)
         except Exception as problem:
             error.add_note(f"llm_orm: the turn's placeholder could not be cleared: {problem}")
-        self._log("gave up: %s", type(error).__name__)
-
-    def _keep(self, error: BaseException) -> Sql:
-        received = self.received or Reply(model=self.setting.model, provider=self.setting.answering_provider)
-        if self.rounds and received.content and received.message is not self.rounds[-1]:
-            self.rounds.append({"role": "assistant", "content": received.content})
-        return self._update_message(self._columns(received, "failed" if isinstance(error, Exception) else "incomplete"))
 
     def _tool_results(self, message_ids: list[UUID]) -> dict[tuple[UUID, str], str]:
-        if not self.setting.options.stores_tool_calls:
+        try:
+            rows = self.store.read(self.store.statements.tool_results(message_ids))
+        except TablesMissing:
+            if self.setting.options.stores_tool_calls:
+                raise
             return {}
-        rows = self.store.read(self.store.statements.tool_results(message_ids))
         return {(as_uuid(message_id), call_id): result for message_id, call_id, result in rows}
 
     def _log(self, text: str, *values: Any) -> None:

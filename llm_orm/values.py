@@ -10,6 +10,18 @@ Message = dict[str, Any]
 """One message as a model is shown it: {"role": "user", "content": "…"}, in the shape of OpenAI's chat API."""
 
 
+def storable(text: str) -> str:
+    """The text; as a JSON string where it has NUL or half a character, which no database can hold as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Two halves that came apart are one character.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False) if "\x00" in text else text
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one call. `input_tokens` includes cached and cache-write tokens, `output_tokens` includes thinking."""

@@ -356,7 +356,8 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("wait", None, "wait=None: wait must be seconds"),
     ("wait", float("nan"), "wait=nan: wait must be seconds"),
     ("wait", True, "wait=True: wait must be seconds"),
-    ("stale_after", "1m", "stale_after='1m': stale_after must be seconds"),
+    ("stale_after", "1m", "stale_after='1m': stale_after must be 0, or 10 seconds or more"),
+    ("stale_after", 2, "stale_after=2: stale_after must be 0, or 10 seconds or more"),
 ]
 
 

@@ -1,10 +1,12 @@
 """Turns that fail: what is rolled back, what is kept, what the caller gets, and that no paid call is ever lost."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+import peewee as pw
 import pytest
 from conftest import WAYS, Ask, rows
 
@@ -569,3 +571,104 @@ def test_a_closed_store_says_so(store, ask):
     store.close()
     with pytest.raises(StoreClosed):
         ask(chat, "Hi")
+
+
+def test_a_kept_answer_outlives_a_retry_that_gives_nothing(store, ask):
+    llm = ScriptedLLM(Say("half of it", error=ProviderError(400)), ProviderError(401), "All of it.")
+    chat = create_chat(store, model="m", llm=llm, retries=0, on_error="keep")
+    with pytest.raises(ProviderError):
+        for _ in chat.ask_stream("Tell me."):
+            pass
+
+    with pytest.raises(ProviderError):
+        chat.retry()
+
+    assert rows(store, "message", "role", "status", "content") == [
+        ("user", "completed", "Tell me."),
+        ("assistant", "failed", "half of it"),
+    ]
+    assert chat.retry().content == "All of it."
+    assert rows(store, "message", "position", "status", "content") == [
+        (0, "completed", "Tell me."),
+        (1, "completed", "All of it."),
+    ]
+    assert [message["role"] for message in llm.requests[-1]["messages"]] == ["user"]
+
+
+def test_a_unique_index_of_the_applications_is_not_taken_for_another_turn(store, ask):
+    chat = create_chat(store, model="m", llm=ScriptedLLM("One.", "Two."))
+    table = store.records.message._meta.table_name
+    with store.connection():
+        store.database.execute_sql(f"CREATE UNIQUE INDEX mine ON {table} (chat_id, content) WHERE role = 'user'")
+    ask(chat, "hi")
+
+    with pytest.raises(pw.IntegrityError):
+        ask(chat, "hi")
+
+    assert ask(chat, "hello").content == "Two."
+
+
+def test_tool_rounds_in_the_table_are_seen_by_a_chat_that_writes_none(store, ask):
+    llm = ScriptedLLM(Call("get_weather", city="London"), "Cold.", "Yes.")
+    chat = create_chat(store, model="m", llm=llm, tools=[get_weather])
+    ask(chat, "London?")
+
+    ask(load_chat(store, chat.id, llm=llm, persistence={"tool_calls": False}), "Sure?")
+
+    assert [m["role"] for m in llm.requests[-1]["messages"]] == ["user", "assistant", "tool", "assistant", "user"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_signal_between_the_reply_and_its_row_loses_neither(store, monkeypatch, streamed):
+    """A handler's exception (SystemExit, a worker's soft time limit) may come between any two lines."""
+    import llm_orm.play
+
+    chat = create_chat(store, model="m", llm=ScriptedLLM("Paid for.", "Fine."))
+    advance = llm_orm.play.advance
+    told = []
+
+    def interrupted(flow, value=None, error=None, call=None):
+        if call is not None and not told:
+            told.append(call)
+            raise SystemExit("stop")
+        return advance(flow, value, error, call)
+
+    monkeypatch.setattr(llm_orm.play, "advance", interrupted)
+    with pytest.raises(SystemExit):
+        if streamed:
+            list(chat.ask_stream("Hi."))
+        else:
+            chat.ask("Hi.")
+
+    assert len(chat.requests()) == 1
+    assert chat.messages()[-1].content == "Paid for."
+    assert chat.ask("Again?").content == "Fine."
+
+
+def test_an_async_tool_whose_own_task_was_cancelled_has_failed_and_the_turn_goes_on(store):
+    async def look(where: str) -> str:
+        """Look somewhere."""
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future
+
+    chat = create_chat(store, model="m", llm=ScriptedLLM(Call("look", where="there"), "Well."), tools=[look])
+
+    assert asyncio.run(chat.aask("Look.")).content == "Well."
+    assert rows(store, "tool_call", "status") == [("failed",)]
+
+
+@pytest.mark.parametrize("way", ["ask", "aask"])
+def test_as_many_tools_run_side_by_side_as_was_said(store, way):
+    together = threading.Barrier(16)
+
+    def meet(number: int) -> str:
+        """Meet the others."""
+        together.wait(timeout=30)
+        return str(number)
+
+    calls = [Call("meet", number=number) for number in range(16)]
+    chat = create_chat(store, model="m", llm=ScriptedLLM(calls, "Met."), tools=[meet], tool_concurrency=16)
+
+    assert WAYS[way](chat, "Meet.").content == "Met."
+    assert rows(store, "tool_call", "result") == [(str(number),) for number in range(16)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -12,6 +13,8 @@ from conftest import WAYS, Ask, rows
 from provider import Answer, Call, Provider
 
 from llm_orm import LLM, Chat, Retries, Store, UnknownModel, create_chat, load_chat, register_price, tool
+from llm_orm.testing import Call as ScriptedCall
+from llm_orm.testing import ProviderError, Say, ScriptedLLM
 
 FORMATS = ("openai", "anthropic", "gemini")
 STREAMED = ("ask_stream", "aask_stream")
@@ -36,6 +39,11 @@ ANSWERS = Answer("It is cold.", input_tokens=180, output_tokens=12, request_id="
 def get_weather(city: str) -> dict:
     """Current weather in a city."""
     return {"city": city, "celsius": 3}
+
+
+def look(where: str) -> str:
+    """Look somewhere."""
+    return f"looked at {len(where)} characters"
 
 
 @pytest.fixture
@@ -606,3 +614,45 @@ def test_a_key_is_neither_printed_nor_stored(store: Store, provider: Provider, d
     everything = str([list(record.select().dicts()) for record in store.records])
     assert "canary" not in everything
     assert "canary" not in repr(chat.options.llm) + repr(chat) + repr(chat.options)
+
+
+def test_a_provider_that_litellm_does_not_know_is_refused_before_anything_is_written(store: Store, ask: Ask):
+    chat = create_chat(store, model="gpt-4o", provider="nonsense")
+
+    with pytest.raises(UnknownModel, match="no provider 'nonsense'; it knows"):
+        ask(chat, "Hi.")
+
+    assert rows(store, "message", "id") == []
+
+
+def test_another_model_at_load_is_not_called_at_the_stored_models_provider(store: Store, provider: Provider):
+    chat = create_chat(store, model="claude-sonnet-4-5", provider="anthropic")
+    settings = provider.openai()
+    provider.reply("Hi.")
+
+    loaded = load_chat(store, chat.id, model=settings.pop("model"), llm=LLM(**settings))
+
+    assert loaded is not None
+    assert loaded.ask("Hi.").provider == "openai"
+
+
+@pytest.mark.parametrize("text", ["a NUL \x00 here", "half a character \ud800 here"])
+def test_a_reply_that_no_database_can_hold_as_it_is_is_stored_as_json(store: Store, ask: Ask, text: str):
+    script = [Say(f"Look: {text}", thinking=text, calls=[ScriptedCall("look", where=text)]), Say(text)]
+    chat = create_chat(store, model="m", llm=ScriptedLLM(*script), tools=[look])
+
+    reply = ask(chat, "Look.")
+
+    assert json.loads(reply.content or "") == text
+    assert chat.messages()[-1].content == reply.content
+    assert chat.tool_calls()[0].result
+
+
+@pytest.mark.parametrize("text", ["a NUL \x00 here", "half a character \ud800 here"])
+def test_an_error_text_that_no_database_can_hold_does_not_cost_the_row(store: Store, ask: Ask, text: str):
+    chat = create_chat(store, model="m", llm=ScriptedLLM(ProviderError(400, text)))
+
+    with pytest.raises(ProviderError):
+        ask(chat, "Hi.")
+
+    assert json.loads(chat.requests()[0].error_message or "") == text

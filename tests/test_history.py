@@ -9,8 +9,8 @@ from conftest import WAYS, Ask, rows
 from llm_orm import Chat, Store, connect, create_chat, load_chat, tool
 from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
-LONDON = Call("get_weather", id="call_london", signature="gemini-1", city="London")
-PARIS = Call("get_weather", id="call_paris", city="Paris")
+LONDON = Call("get_weather", call_id="call_london", signature="gemini-1", city="London")
+PARIS = Call("get_weather", call_id="call_paris", city="Paris")
 THOUGHT = Say("Let me look.", thinking="Two cities.", signature="sig-0", calls=[LONDON, PARIS])
 
 ROUND = [
@@ -288,8 +288,8 @@ def test_a_history_function_cannot_cut_a_tool_round_in_two(store, number):
 
 
 def test_a_history_function_cannot_lend_a_result_to_another_turns_call_of_the_same_id(store):
-    again = Call("get_weather", id="call_1", city="Rome")
-    llm = ScriptedLLM(Call("get_weather", id="call_1", city="London"), "Rain.", again, "Sun.", "Yes.")
+    again = Call("get_weather", call_id="call_1", city="Rome")
+    llm = ScriptedLLM(Call("get_weather", call_id="call_1", city="London"), "Rain.", again, "Sun.", "Yes.")
     chat = create_chat(store, model="test", llm=llm, tools=[get_weather])
     chat.ask("London?")
     chat.ask("Rome?")

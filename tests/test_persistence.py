@@ -163,7 +163,7 @@ def test_each_table_is_left_alone_by_itself(
 def test_a_chat_may_begin_to_store_and_leave_off_again(store: Store) -> None:
     chat = a_chat(store, Call("echo", text="a"), "One.")
     chat.ask("First")
-    stored = loaded(chat, Call("echo", text="b", id="call_b"), "Two.", persistence={})
+    stored = loaded(chat, Call("echo", text="b", call_id="call_b"), "Two.", persistence={})
     stored.ask("Second")
     again = loaded(chat, "Three.")
     again.ask("Third")

@@ -70,7 +70,12 @@ def test_a_list_of_calls_is_one_round(memory: Store, ask: Ask) -> None:
 
 
 def test_ids_of_calls_count_over_the_whole_script_unless_given(memory: Store, ask: Ask) -> None:
-    script = Call("get_weather", city="a"), Call("get_weather", city="b", id="mine"), Call("get_weather", city="c"), "."
+    script = (
+        Call("get_weather", city="a"),
+        Call("get_weather", city="b", call_id="mine"),
+        Call("get_weather", city="c"),
+        ".",
+    )
     chat = a_chat(memory, ScriptedLLM(*script), tools=[get_weather])
     ask(chat, "Weather?")
     assert [call.tool_call_id for call in chat.tool_calls()] == ["call_1", "mine", "call_3"]

@@ -341,7 +341,12 @@ def test_arguments_are_stored_once_encoded_to_the_letter(store, ask):
 
 def test_two_turns_that_use_one_call_id_keep_their_own_results(store, ask):
     """RubyLLM's C43: ids of tool calls are unique within a request only."""
-    script = [Call("get_weather", id="a", city="London")], "Rain.", [Call("get_weather", id="a", city="Rome")], "Sun."
+    script = (
+        [Call("get_weather", call_id="a", city="London")],
+        "Rain.",
+        [Call("get_weather", call_id="a", city="Rome")],
+        "Sun.",
+    )
     chat = chat_with(store, *script, tools=[get_weather])
     ask(chat, "London?")
     ask(chat, "Rome?")
@@ -349,7 +354,7 @@ def test_two_turns_that_use_one_call_id_keep_their_own_results(store, ask):
 
 
 def test_rounds_that_use_one_call_id_keep_their_own_results(store, ask):
-    script = [Call("get_weather", id="a", city="London")], [Call("get_weather", id="a", city="Rome")], "Rain."
+    script = [Call("get_weather", call_id="a", city="London")], [Call("get_weather", call_id="a", city="Rome")], "Rain."
     ask(chat_with(store, *script, tools=[get_weather]), "London and Rome?")
     assert rows(store, "tool_call", "round", "result") == [(0, "rain in London"), (1, "rain in Rome")]
     assert len({row[0] for row in rows(store, "tool_call", "tool_call_id")}) == 2

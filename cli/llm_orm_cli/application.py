@@ -55,11 +55,11 @@ def _imported(application: str) -> "Store":
     sys.path.insert(0, os.getcwd())  # as `python -m` has it: a console script starts elsewhere
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise click.ClickException(f"--store {application}: {error}") from error
+        store = found() if callable(found) else found
+    except Exception as error:
+        raise click.ClickException(f"--store {application}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    store = found() if callable(found) else found
     if not isinstance(store, Store):
         raise click.ClickException(f"--store {application}: {store!r} is not a Store, as connect() returns")
     return store

@@ -24,8 +24,7 @@ def migrate(as_list: bool, as_sql: bool, as_json: bool, **database: Any) -> None
 
     if as_sql and (as_list or as_json):
         raise click.UsageError("--sql goes with neither --list nor --json")
-    changes = not (as_list or as_sql)
-    with opened(**database, create=changes) as store:
+    with opened(**database, create=True) as store:
         if as_sql:
             click.echo(migrations.sql(store), nl=False)
         elif as_list:

@@ -175,13 +175,12 @@ def test_migrate_adds_the_columns_of_the_application_s_store(folder: Path, datab
     [
         (["--sql", "--list"], 2, "--sql goes with neither"),
         (["--store", "shop"], 2, "'shop' is not MODULE:NAME"),
-        (["--store", "no_such_shop:store"], 1, "--store no_such_shop:store: No module named 'no_such_shop'"),
+        (["--store", "no_such_shop:store"], 1, "--store no_such_shop:store: ModuleNotFoundError: No module named"),
         (["--store", "json:nothing"], 1, "has no attribute 'nothing'"),
         (["--store", "sys:path"], 1, "is not a Store"),
         (["--store", "sys:path", "--database-url", "sqlite:///x.db"], 2, "--store says which database"),
         (["--database-url", "mysql://host/name"], 1, "names no database"),
         (["--database-url", "postgresql://user:hush@localhost:1/name"], 1, "did not answer"),
-        (["--list"], 1, "there is no database file 'llm_orm.db'"),
     ],
 )
 def test_migrate_says_what_was_wrong(folder: Path, arguments: list[str], code: int, message: str):
@@ -288,3 +287,19 @@ def test_help_imports_nothing_heavy(command: str):
 
     assert f"Usage: llm-orm {command}" in printed.stdout
     assert printed.stdout.endswith("[]\n")
+
+
+def test_a_store_function_that_fails_is_an_error_of_one_line(folder: Path):
+    result = run("migrate", "--store", "json:dumps")
+
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "--store json:dumps: TypeError: dumps() missing" in result.stderr
+
+
+def test_a_first_migration_can_be_looked_at_before_there_is_a_database(folder: Path):
+    listed = run("migrate", "--list")
+    printed = run("migrate", "--sql")
+
+    assert (listed.exit_code, printed.exit_code) == (0, 0)
+    assert "pending" in listed.stdout
+    assert "CREATE TABLE" in printed.stdout
