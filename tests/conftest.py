@@ -72,17 +72,80 @@ def start_postgres(folder: Path) -> Any:
     raise problem
 
 
+class Schema:
+    """A schema with our tables, which tests use one after the other: to create tables takes longer than a test."""
+
+    def __init__(self, server: str):
+        self.server = server
+        self.admin = psycopg2.connect(server)
+        self.admin.autocommit = True
+        self.name = ""
+        self.shape: Any = None
+
+    def empty(self) -> str:
+        """The URL of a new schema, with nothing in it."""
+        name = f"test_{uuid.uuid4().hex}"
+        self._run(f"CREATE SCHEMA {name}")
+        joint = "&" if "?" in self.server else "?"
+        return f"{self.server}{joint}options=-csearch_path%3D{name}"
+
+    def drop(self, url: str) -> None:
+        self._run(f"DROP SCHEMA {url.rpartition('%3D')[2]} CASCADE")
+
+    def ready(self) -> str:
+        """The URL of a schema with empty tables: the one of the test before, where that left it as it was."""
+        if not self.name or not self._emptied():
+            self.url = self.empty()
+            self.name = self.url.rpartition("%3D")[2]
+            with connect(self.url, chat_fields=CHAT_FIELDS) as store:
+                store.create_tables()
+                self.tables = [f"{self.name}.{record._meta.table_name}" for record in store.records]
+            self.shape = self._look()
+        return self.url
+
+    def _emptied(self) -> bool:
+        try:
+            if self._look() != self.shape:
+                return False
+            self._run("SET lock_timeout = '1s';" + ";".join(f"DELETE FROM {table}" for table in reversed(self.tables)))
+        except psycopg2.Error:
+            return False
+        return True
+
+    def _look(self) -> Any:
+        return self._run(
+            "SELECT c.relname, c.relkind, c.relchecks, a.attname, a.atttypid, a.atttypmod, a.attnotnull, "
+            "(SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid), "
+            "(SELECT count(*) FROM pg_proc p WHERE p.pronamespace = c.relnamespace) "
+            "FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped AND a.attnum > 0 "
+            f"WHERE c.relnamespace = '{self.name}'::regnamespace ORDER BY c.relname, a.attnum"
+        )
+
+    def _run(self, sql: str) -> Any:
+        with self.admin.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchall() if cursor.description else None
+
+
+CHAT_FIELDS = {"user_id": pw.TextField(null=True, index=True)}
+
+
+@pytest.fixture(scope="session")
+def postgres_schema(postgres_server: str) -> Iterator[Schema]:
+    schema = Schema(postgres_server)
+    yield schema
+    schema.admin.close()
+
+
 @pytest.fixture
-def postgres_url(postgres_server: str) -> Iterator[str]:
-    """The URL of a schema of one test's own."""
-    schema = f"test_{uuid.uuid4().hex}"
-    admin = psycopg2.connect(postgres_server)
-    admin.autocommit = True
-    admin.cursor().execute(f"CREATE SCHEMA {schema}")
-    joint = "&" if "?" in postgres_server else "?"
-    yield f"{postgres_server}{joint}options=-csearch_path%3D{schema}"
-    admin.cursor().execute(f"DROP SCHEMA {schema} CASCADE")
-    admin.close()
+def postgres_url(request: pytest.FixtureRequest, postgres_schema: Schema) -> Iterator[str]:
+    """The URL of a schema that is empty; or has empty tables, where the test wants a `store`."""
+    if "store" in request.fixturenames:
+        yield postgres_schema.ready()
+        return
+    url = postgres_schema.empty()
+    yield url
+    postgres_schema.drop(url)
 
 
 @pytest.fixture
@@ -99,8 +162,9 @@ def database_url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
     """A store with its tables and one column of the application, `user_id`."""
-    with connect(database_url, chat_fields={"user_id": pw.TextField(null=True, index=True)}) as store:
-        store.create_tables()
+    with connect(database_url, chat_fields=CHAT_FIELDS) as store:
+        if store.is_sqlite:
+            store.create_tables()
         yield store
 
 
