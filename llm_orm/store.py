@@ -7,22 +7,25 @@ become ours here.
 import asyncio
 import contextvars
 import functools
-import os
 import re
-import sqlite3
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import peewee as pw
-from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase, PooledSqliteDatabase
+from playhouse.pool import MaxConnectionsExceeded
 
+from .database import (
+    application_database,
+    default_url,
+    described,
+    is_lost_when_closed,
+    open_connection,
+    open_url,
+    without_password,
+)
 from .errors import (
     DatabaseUnavailable,
     InsideTransaction,
@@ -38,18 +41,6 @@ from .records import BASES, Record, Records, default_table_names, records_for
 from .statements import Sql, Statements
 
 T = TypeVar("T")
-
-DEFAULT_URL = "sqlite:///llm_orm.db"
-
-SQLITE_PRAGMAS = {
-    "busy_timeout": 30_000,  # milliseconds to wait for another writer
-    "journal_mode": "wal",
-    "foreign_keys": 1,
-    "synchronous": "full",  # a paid reply survives a power cut
-}
-
-WAL_TIMEOUT = 5.0
-"""Seconds to wait for another process to make a new file of SQLite ready."""
 
 
 class Store:
@@ -106,7 +97,7 @@ class Store:
             raise StoreClosed(f"{self!r} was closed: connect() again")
         database = self.database
         opened = database.is_closed()
-        if opened and _is_lost_when_closed(database):
+        if opened and is_lost_when_closed(database):
             raise InvalidDatabase(
                 "a SqliteDatabase in memory is there only for the thread that opened it, and as long as it is open: "
                 'use connect("sqlite:///:memory:"), whose .database all threads may use'
@@ -115,7 +106,7 @@ class Store:
         try:
             try:
                 if opened:
-                    _open(database)
+                    open_connection(database)
                     is_open = True
                 yield
             finally:
@@ -254,27 +245,6 @@ def _is_missing(error: pw.PeeweeException, text: str) -> bool:
     return code in _MISSING_CODES or bool(_MISSING.search(text))
 
 
-def _open(database: pw.Database) -> None:
-    # Where several open a new file of SQLite at once, one switches it to WAL, and SQLite does not let the others wait.
-    deadline = time.monotonic() + WAL_TIMEOUT
-    while True:
-        try:
-            database.connect()
-            return
-        except pw.OperationalError as error:
-            if "database is locked" not in str(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(0.01)
-
-
-def _is_lost_when_closed(database: pw.Database) -> bool:
-    return (
-        isinstance(database, pw.SqliteDatabase)
-        and database.database in ("", ":memory:")
-        and not isinstance(database, PooledSqliteDatabase)
-    )
-
-
 def connect(
     database: "str | pw.Database | Store | None" = None,
     *,
@@ -317,107 +287,31 @@ def connect(
     bases = _models_by_name(models)
     names = _table_names(table_prefix, table_names, bases)
     if database is None:
-        database = _default_url()
+        database = default_url()
     is_ours = isinstance(database, str)
     if isinstance(database, str):
         opened = open_url(database, pool_size=pool_size, pool_timeout=pool_timeout, pragmas=pragmas)
     else:
-        opened = _application_database(database)
+        opened = application_database(database)
     records = records_for(opened, names, chat_fields, bases)
     return Store(opened, records, llm=llm, threads=pool_size, is_ours=is_ours)
 
 
-def _default_url() -> str:
-    return os.environ.get("LLM_ORM_DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_URL
-
-
-def open_url(
-    url: str, *, pool_size: int = 10, pool_timeout: float = 30.0, pragmas: Mapping[str, Any] | None = None
-) -> pw.Database:
-    """A pooled peewee Database for a URL; nothing is opened yet."""
-    scheme = url.partition(":")[0].partition("+")[0].lower()
-    if scheme in ("postgresql", "postgres"):
-        _check_credentials(url)
-        dsn = "postgresql:" + url.partition(":")[2]
-        defaults = {"connect_timeout": 10, "application_name": "llm_orm"}
-        ours = {name: value for name, value in defaults.items() if f"{name}=" not in url}
-        return PooledPostgresqlDatabase(dsn, max_connections=pool_size, timeout=pool_timeout or None, **ours)
-    if scheme == "sqlite":
-        return _open_sqlite(url, pool_size, pool_timeout, pragmas)
-    raise InvalidDatabase(
-        f"{without_password(url)!r} names no database: give sqlite:///file.db or postgresql://user:password@host/name"
-    )
-
-
-def _check_credentials(url: str) -> None:
-    # libpq would take a piece of the password for the host or the port, and say so in its error.
-    credentials, _, _ = url.partition("://")[2].partition("?")[0].rpartition("@")
-    if not re.fullmatch(r"([^/@%#]|%[0-9A-Fa-f]{2})*", credentials):
-        raise InvalidDatabase(
-            f"{without_password(url)!r}: the password has a character that means something in a URL; "
-            'write it as urllib.parse.quote(password, safe="") does'
-        )
-
-
-def _open_sqlite(url: str, pool_size: int, pool_timeout: float, pragmas: Mapping[str, Any] | None) -> pw.Database:
-    if sqlite3.sqlite_version_info < (3, 38):
-        raise InvalidDatabase(f"SQLite 3.38 or newer is needed; this Python has {sqlite3.sqlite_version}")
-    parts = urlsplit(url)
-    path = unquote(parts.path).removeprefix("/")
-    if parts.netloc:
-        raise InvalidDatabase(f"{url!r} has two slashes: write sqlite:///relative.db or sqlite:////absolute.db")
-    if parts.query:
-        raise InvalidDatabase(f"{url!r} has options; give them as connect(…, pragmas={dict(parse_qsl(parts.query))!r})")
-    in_memory = path in ("", ":memory:")
-    if not in_memory and Path(path).is_dir():
-        raise InvalidDatabase(f"{url!r} is a folder: name a file in it")
-    if not in_memory and not Path(path).absolute().parent.is_dir():
-        raise InvalidDatabase(f"{url!r}: there is no folder {str(Path(path).absolute().parent)!r}")
-    return PooledSqliteDatabase(
-        ":memory:" if in_memory else path,
-        pragmas={**SQLITE_PRAGMAS, **(pragmas or {})},
-        # A database in memory lives in one connection, which its users take turns with.
-        max_connections=1 if in_memory else pool_size,
-        timeout=pool_timeout or None,
-        check_same_thread=False,
-    )
-
-
-def _application_database(database: Any) -> pw.Database:
-    if not isinstance(database, pw.Database):
-        raise InvalidDatabase(f"{database!r} is neither a URL nor a peewee Database")
-    if not isinstance(database, (pw.SqliteDatabase, pw.PostgresqlDatabase)) or hasattr(database, "aconnect"):
-        raise InvalidDatabase(
-            f"{type(database).__name__} is not supported: give a SqliteDatabase or a PostgresqlDatabase, pooled or not"
-        )
-    if isinstance(database, pw.SqliteDatabase):
-        # Without it SQLite ignores the delete rules of the tables.
-        database._pragmas = [*dict(database._pragmas or ()).items(), ("foreign_keys", 1)]  # type: ignore[attr-defined]
-        if not database.is_closed():
-            database.execute_sql("PRAGMA foreign_keys = 1")
-    return database
-
-
-_stores: dict[str, Store] = {}
-_stores_by_database: "weakref.WeakKeyDictionary[pw.Database, Store]" = weakref.WeakKeyDictionary()
+_stores: dict[str | pw.Database, Store] = {}
 _stores_lock = threading.Lock()
 
 
-def as_store(store: "Store | pw.Database | str | None") -> Store:
+def as_store(store: Store | pw.Database | str | None) -> Store:
     """The store itself, or the one of a URL or a peewee Database: always the same, so that its pool is shared."""
     if isinstance(store, Store):
         return store
+    named = default_url() if store is None else store
+    if not isinstance(named, str | pw.Database):
+        raise InvalidDatabase(f"{store!r} is neither a Store, a peewee Database nor a URL")
     with _stores_lock:
-        if isinstance(store, pw.Database):
-            if store not in _stores_by_database or _stores_by_database[store]._is_closed:
-                _stores_by_database[store] = connect(store)
-            return _stores_by_database[store]
-        if store is not None and not isinstance(store, str):
-            raise InvalidDatabase(f"{store!r} is neither a Store, a peewee Database nor a URL")
-        url = _default_url() if store is None else store
-        if url not in _stores or _stores[url]._is_closed:
-            _stores[url] = connect(url)
-        return _stores[url]
+        if named not in _stores or _stores[named]._is_closed:
+            _stores[named] = connect(named)
+        return _stores[named]
 
 
 def _check_chat_fields(fields: Any) -> None:
@@ -472,16 +366,3 @@ def _table_names(prefix: str, names: Mapping[str, str] | None, bases: Mapping[st
     if len(set(chosen.values())) < len(chosen):
         raise InvalidValue(f"two tables have one name: {chosen}")
     return chosen
-
-
-def described(database: pw.Database) -> str:
-    """The database as it may be printed: without its password."""
-    if isinstance(database, pw.SqliteDatabase):
-        return f"sqlite:///{database.database}"
-    name = str(database.database)
-    return without_password(name) if "://" in name or "=" in name else f"postgresql database {name!r}"
-
-
-def without_password(text: str) -> str:
-    text = re.sub(r"(://[^:/@\s]*):.*@", r"\1:***@", text)
-    return re.sub(r"(password=)('[^']*'|[^&\s]*)", r"\1***", text)

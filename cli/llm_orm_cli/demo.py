@@ -44,7 +44,7 @@ def demo(model: str | None, database_url: str | None) -> None:
     network. With --model the first three run on a real provider, whose key is read from the environment.
     """
     from llm_orm import connect, create_chat, gateway
-    from llm_orm.store import without_password
+    from llm_orm.database import without_password
 
     url = database_url or f"sqlite:///{quote(tempfile.mkdtemp(prefix='llm-orm-demo-'))}/demo.db"
     with connect(url, llm=None if model else _script()) as store:

@@ -17,9 +17,10 @@ from typing import Any
 
 import peewee as pw
 
+from llm_orm.database import described
 from llm_orm.errors import InsideTransaction, WrongSetup
 from llm_orm.records import Record
-from llm_orm.store import Store, described
+from llm_orm.store import Store
 
 from .catalog import Table, imagined_tables, read_tables, run
 from .compare import compare, expected_tables
