@@ -12,7 +12,7 @@ import pytest
 from conftest import WAYS, Ask, rows
 from provider import Answer, Call, Provider
 
-from llm_orm import LLM, Chat, Retries, Store, UnknownModel, create_chat, load_chat, register_price, tool
+from llm_orm import LLM, Chat, Retries, Store, UnknownModel, connect, create_chat, load_chat, register_price, tool
 from llm_orm.testing import Call as ScriptedCall
 from llm_orm.testing import ProviderError, Say, ScriptedLLM
 
@@ -50,6 +50,14 @@ def look(where: str) -> str:
 def provider() -> Iterator[Provider]:
     with Provider() as provider:
         yield provider
+
+
+@pytest.fixture
+def sqlite_store(sqlite_url: str) -> Iterator[Store]:
+    """For what a provider does and the database has no part in."""
+    with connect(sqlite_url) as store:
+        store.create_tables()
+        yield store
 
 
 @pytest.fixture(params=FORMATS)
@@ -266,15 +274,15 @@ def test_tokens_are_counted_here_where_a_reply_brings_none(store: Store, provide
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_call_that_may_pass_is_tried_again_and_each_attempt_is_a_row(
-    store: Store, provider: Provider, wire: str, ask: Ask, status: int
+    sqlite_store: Store, provider: Provider, wire: str, ask: Ask, status: int
 ):
-    chat = chat_on(store, provider, wire)
+    chat = chat_on(sqlite_store, provider, wire)
     provider.fail(status, "come back later", times=2)
     provider.reply("Here I am.")
 
     assert ask(chat, "Hello?").content == "Here I am."
 
-    assert rows(store, "request", "attempt", "status_code", "cost") == [
+    assert rows(sqlite_store, "request", "attempt", "status_code", "cost") == [
         (1, status, Decimal(0)),
         (2, status, Decimal(0)),
         (3, 200, chat.requests()[-1].cost),
@@ -287,19 +295,19 @@ def test_a_call_that_may_pass_is_tried_again_and_each_attempt_is_a_row(
     ("status", "error"), [(400, "BadRequestError"), (401, "AuthenticationError"), (404, "NotFoundError")]
 )
 def test_a_call_that_cannot_pass_is_made_once_and_raises_litellms_own_error(
-    store: Store, provider: Provider, wire: str, ask: Ask, status: int, error: str
+    sqlite_store: Store, provider: Provider, wire: str, ask: Ask, status: int, error: str
 ):
     import litellm
 
-    chat = chat_on(store, provider, wire)
+    chat = chat_on(sqlite_store, provider, wire)
     provider.fail(status, "no")
 
     with pytest.raises(getattr(litellm, error)):
         ask(chat, "Hello?")
 
     assert len(provider.ledger) == 1
-    assert rows(store, "request", "status_code", "error") == [(status, error)]
-    assert rows(store, "message", "role", "content") == [("user", "Hello?")]
+    assert rows(sqlite_store, "request", "status_code", "error") == [(status, error)]
+    assert rows(sqlite_store, "message", "role", "content") == [("user", "Hello?")]
 
 
 @pytest.fixture
@@ -316,8 +324,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("way", ["ask", "ask_stream"])
-def test_retry_after_is_honoured(store: Store, provider: Provider, wire: str, way: str, waits: list[float]):
-    chat = chat_on(store, provider, wire, retries=Retries(attempts=2, first_wait_s=0.5))
+def test_retry_after_is_honoured(sqlite_store: Store, provider: Provider, wire: str, way: str, waits: list[float]):
+    chat = chat_on(sqlite_store, provider, wire, retries=Retries(attempts=2, first_wait_s=0.5))
     provider.fail(429, retry_after=7)
     provider.fail(500)
     provider.reply("Hi.")
@@ -342,15 +350,15 @@ def test_a_provider_that_asks_for_too_long_a_wait_is_not_waited_for(
 
 
 def test_a_lost_connection_is_tried_again_and_its_cost_is_unknown(
-    store: Store, provider: Provider, wire: str, ask: Ask
+    sqlite_store: Store, provider: Provider, wire: str, ask: Ask
 ):
-    chat = chat_on(store, provider, wire)
+    chat = chat_on(sqlite_store, provider, wire)
     provider.drop()
     provider.reply("Hi.")
 
     assert ask(chat, "Hello?").content == "Hi."
 
-    assert rows(store, "request", "attempt", "status_code", "cost")[0] == (1, 0, None)
+    assert rows(sqlite_store, "request", "attempt", "status_code", "cost")[0] == (1, 0, None)
     assert chat.stats().unpriced_requests == 1
 
 
@@ -413,10 +421,10 @@ def test_every_byte_of_a_broken_stream_leaves_one_row_and_a_usable_chat(store: S
         assert chat.ask("Again?").content == "Fine."
 
 
-def test_a_timeout_ends_a_call_that_hangs(store: Store, provider: Provider, wire: str, ask: Ask):
+def test_a_timeout_ends_a_call_that_hangs(sqlite_store: Store, provider: Provider, wire: str, ask: Ask):
     import litellm
 
-    chat = chat_on(store, provider, wire, request_timeout=0.2, retries=0)
+    chat = chat_on(sqlite_store, provider, wire, request_timeout=0.2, retries=0)
     provider.hang()
 
     with pytest.raises((litellm.Timeout, litellm.APIConnectionError)):
@@ -425,7 +433,7 @@ def test_a_timeout_ends_a_call_that_hangs(store: Store, provider: Provider, wire
     (row,) = chat.requests()
     assert row.error in ("Timeout", "APIConnectionError")
     assert row.cost is None
-    assert rows(store, "message", "role") == [("user",)]
+    assert rows(sqlite_store, "message", "role") == [("user",)]
 
 
 def test_leaving_a_stream_hangs_up_on_the_provider_and_records_what_was_spent(
