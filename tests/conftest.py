@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 import warnings
@@ -20,6 +22,20 @@ import llm_orm
 from llm_orm import Chat, Store, connect
 
 OURS = ("LLM_ORM_", "DATABASE_URL", "OPENAI_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "LITELLM_")
+
+
+IN_MEMORY = Path("/dev/shm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep temporary files in memory where there is room: real files all the same, and no waiting for a disk."""
+    if config.option.basetemp is None and IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 2**30:
+        config.option.basetemp = tempfile.mkdtemp(prefix="llm_orm_", dir=IN_MEMORY)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if config.option.basetemp is not None and Path(config.option.basetemp).is_relative_to(IN_MEMORY):
+        shutil.rmtree(config.option.basetemp, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
