@@ -249,6 +249,7 @@ class Call:
 
     def ended(self, error: BaseException | None = None) -> Answer:
         """How the call ended; its usage is counted here where the provider sent none. Never raises."""
+        error = unwrapped(error) if error is not None else None
         try:
             return self._ended(error)
         except Exception as problem:
@@ -257,14 +258,13 @@ class Call:
             return Answer(
                 reply=Reply(model=self.model, provider=self.provider or "unknown", usage=usage),
                 error=error or problem,
-                error_message=storable(redacted(str(error or problem), secrets_of(self._credentials()))),
+                error_message=self._printable(error or problem),
                 status_code=status_of(error) if error else 200,
                 streamed=self.request.stream,
                 shown=self.shown,
             )
 
     def _ended(self, error: BaseException | None) -> Answer:
-        error = unwrapped(error) if error is not None else None
         status = 200 if error is None else status_of(error)
         usage = self.received.usage if error is None else None
         usage = usage or self._estimated(error)
@@ -273,7 +273,7 @@ class Call:
         return Answer(
             reply=self.received.reply(model, provider, usage, self._cost(model, provider, usage, error, status)),
             error=error,
-            error_message=None if error is None else storable(redacted(str(error), secrets_of(self._credentials()))),
+            error_message=None if error is None else self._printable(error),
             status_code=status,
             duration_ms=self._milliseconds(self.stopped or time.perf_counter()),
             first_token_ms=None if self.first_token is None else self._milliseconds(self.first_token),
@@ -292,6 +292,9 @@ class Call:
         if request.stream:
             keywords |= {"stream": True, "stream_options": {"include_usage": True}}
         return keywords
+
+    def _printable(self, error: BaseException) -> str:
+        return storable(redacted(str(error), secrets_of(self._credentials())))
 
     def _credentials(self) -> dict[str, Any]:
         """Everything that a key may be in."""
