@@ -1,46 +1,49 @@
 """Chat: what an application holds in its hand."""
 
-import json
+import inspect
 import logging
-import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Self, Unpack
 from uuid import UUID
 
 import peewee as pw
 
 from . import gateway
-from .errors import AsyncTool, ChatGone, EmptyMessage, InvalidValue, NoModel, UnknownKeyword
-from .options import NAMES as OPTIONS
-from .options import Options, TurnOptions
+from .approval import approve, cancel, deny, pending_approvals
+from .attachments import attachments_of, check_taken
+from .checks import OF_ONE_TURN, OVERRIDES, check_keywords, check_overrides, said_text
+from .claim import Said, Start, Unanswered, Unfinished
+from .config import Config, Configurable
+from .errors import AsyncTool, ChatGone, InvalidValue, NoModel
+from .history import add_message, fork
+from .middleware import METHODS, methods_of
+from .options import Candidate, Options, Setting, TurnOptions
 from .play import Outcome, aplay, play
-from .records import LlmChat, LlmMessage, LlmRequest, LlmToolCall, uuid7
-from .store import Store, as_store
+from .records import LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
+from .rows import Rows
+from .store import Store
 from .transcript import Transcript
-from .turn import Setting, Turn
+from .turn import Turn
 from .usage import stats_of
-from .values import Chunk, Stats
-
-OVERRIDES = ("model", "provider", "instructions")
-STORED = (*OVERRIDES, "metadata")
-OF_ONE_TURN = tuple(name for name in OPTIONS if name not in ("persistence", "debug"))
+from .values import Chunk, Message, Stats
 
 
-class Chat:
+class Chat(Configurable):
     """A stored conversation. Made by `create_chat` and `load_chat`.
 
-    id, model, provider, instructions, metadata, record
+    id, chat_id, model, provider, instructions, metadata, options, record
     """
 
-    def __init__(self, store: Store, record: LlmChat, options: Options, **overrides: str | None):
+    def __init__(self, store: Store, record: LlmChat, options: Options, overrides: Mapping[str, Any] | None = None):
         self.store = store
         self.record = record
-        self.options = options
-        self._overrides = overrides
+        self._options = options
         self._hooks: dict[str, tuple[Callable[..., Any], ...]] = {}
         self._transcript = Transcript()
+        if overrides:
+            given = dict(overrides)
+            self._changes = (lambda config: config.with_overrides(given),)
         if options.debug:
             _log_to_stderr()
 
@@ -52,103 +55,176 @@ class Chat:
         return self.record.id
 
     @property
+    def chat_id(self) -> UUID:
+        return self.record.id
+
+    @property
     def model(self) -> str | None:
-        return self._overrides.get("model", self.record.model)
+        return self.config.model
 
     @property
     def provider(self) -> str | None:
-        # Another model may be another provider's.
-        return self._overrides.get("provider", None if "model" in self._overrides else self.record.provider)
+        return self.config.provider
 
     @property
     def instructions(self) -> str | None:
-        return self._overrides.get("instructions", self.record.instructions)
+        return self.config.instructions
 
     @property
     def metadata(self) -> Any:
         return self.record.metadata
 
+    @property
+    def options(self) -> Options:
+        return self.standing.options
+
     # Asking
 
-    def ask(self, text: str, **options: Unpack[TurnOptions]) -> LlmMessage:
+    def ask(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> LlmMessage:
         """Say something and get the stored reply.
 
+        files      what goes with it: paths, addresses, bytes, (filename, bytes), open files; images, PDF, sound, text
         options    any of `Options` but persistence and debug, and model, provider, instructions: for this turn
 
         A failed call raises the provider's own exception (litellm's class); the user's message stays, and by `on_error`
         what was received is rolled back or kept. Raises `ChatBusy` while another turn of the chat runs, `WrongCall` for
-        what cannot work before anything is written, `TurnFailed` where a turn ends for a reason of ours.
+        what cannot work before anything is written, `TurnFailed` where a turn ends for a reason of ours. Where a tool
+        waits for a person's approval, the message has status "pending": see `pending_approvals`.
         """
-        return self._play(_said(text), options)
+        return self._play(self._said(text, files, options), options)
 
-    def ask_stream(self, text: str, **options: Unpack[TurnOptions]) -> "Stream":
+    def ask_stream(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> "Stream":
         """Say something and read the reply as it comes; the stored message is in `.message` afterwards.
 
         Nothing happens before the first chunk is read. A stream that is left early is rolled back or kept (`on_error`),
         and what was received of it is on record as spent.
         """
-        turn, outcome = self._turn(_said(text), options, stream=True), Outcome()
-        return Stream(play(turn, outcome), outcome)
+        return self._stream(self._said(text, files, options), options)
 
-    async def aask(self, text: str, **options: Unpack[TurnOptions]) -> LlmMessage:
+    async def aask(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> LlmMessage:
         """`ask`, from asyncio."""
-        return await self._aplay(_said(text), options)
+        return await self._aplay(self._said(text, files, options), options)
 
-    def aask_stream(self, text: str, **options: Unpack[TurnOptions]) -> "AsyncStream":
+    def aask_stream(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> "AsyncStream":
         """`ask_stream`, from asyncio: `async for chunk in chat.aask_stream(…)`."""
-        turn, outcome = self._turn(_said(text), options, stream=True, may_await=True), Outcome()
-        return AsyncStream(aplay(turn, outcome), outcome)
+        return self._astream(self._said(text, files, options), options)
 
     def retry(self, **options: Unpack[TurnOptions]) -> LlmMessage:
         """Answer the last user message that was left without a reply, without writing it again.
 
         A failed answer to it that was kept gives way to the new one. Raises `NothingToRetry`.
         """
-        return self._play(None, options)
+        return self._play(Unanswered(), options)
 
     def retry_stream(self, **options: Unpack[TurnOptions]) -> "Stream":
         """`retry`, read as it comes."""
-        turn, outcome = self._turn(None, options, stream=True), Outcome()
-        return Stream(play(turn, outcome), outcome)
+        return self._stream(Unanswered(), options)
 
     async def aretry(self, **options: Unpack[TurnOptions]) -> LlmMessage:
         """`retry`, from asyncio."""
-        return await self._aplay(None, options)
+        return await self._aplay(Unanswered(), options)
 
     def aretry_stream(self, **options: Unpack[TurnOptions]) -> "AsyncStream":
         """`retry_stream`, from asyncio."""
-        turn, outcome = self._turn(None, options, stream=True, may_await=True), Outcome()
-        return AsyncStream(aplay(turn, outcome), outcome)
+        return self._astream(Unanswered(), options)
 
-    # Hooks, called in the order in which they were added; none of them can keep a row from being written
+    def resume(self, **options: Unpack[TurnOptions]) -> LlmMessage:
+        """Go on with a turn that waits for tool calls to be approved, once they are, or whose process died.
 
-    def before_request(self, function: Callable[[list[dict[str, Any]]], Any]) -> Self:
-        """Call `function(messages)` before each call of the model."""
-        return self._hook("before_request", function)
+        Whatever it did is not done again: no finished call of the model or of a tool is made twice. A tool that was
+        running when its process died is run again only if it is idempotent; else the model is told that nobody knows.
+        Raises `NothingToResume`, `AwaitsApproval` while a call is not decided, `ChatBusy` while the turn is alive.
+        """
+        return self._play(Unfinished(), options)
 
-    def after_response(self, function: Callable[..., Any]) -> Self:
-        """Call `function(reply)` after each call of the model, once its rows are written. Gets an `llm_orm.Reply`."""
-        return self._hook("after_response", function)
+    def resume_stream(self, **options: Unpack[TurnOptions]) -> "Stream":
+        """`resume`, read as it comes."""
+        return self._stream(Unfinished(), options)
 
-    def on_tool_call_start(self, function: Callable[..., Any]) -> Self:
-        """Call `function(call)` before each tool call, once its row is written. Gets an `llm_orm.ToolCall`."""
-        return self._hook("on_tool_call_start", function)
+    async def aresume(self, **options: Unpack[TurnOptions]) -> LlmMessage:
+        """`resume`, from asyncio."""
+        return await self._aplay(Unfinished(), options)
 
-    def on_tool_call_end(self, function: Callable[..., Any]) -> Self:
-        """Call `function(call, outcome)` after each tool call, once its result is written."""
-        return self._hook("on_tool_call_end", function)
+    def aresume_stream(self, **options: Unpack[TurnOptions]) -> "AsyncStream":
+        """`resume_stream`, from asyncio."""
+        return self._astream(Unfinished(), options)
 
-    def _hook(self, name: str, function: Callable[..., Any]) -> Self:
-        self._hooks[name] = (*self._hooks.get(name, ()), function)
-        return self
+    def count_tokens(self, text: str = "", files: Any = None, **options: Unpack[TurnOptions]) -> int:
+        """How many tokens `ask(text)` would send: instructions, tools, history and text. Counted here, by the model's
+        tokenizer where litellm knows it, so roughly; files other than text count little."""
+        chosen = dict(options)
+        start = Said(text, attachments_of(files, max_bytes=self._options_for(chosen).max_file_bytes))
+        setting = self._setting(chosen)
+        rows = Rows(self.store, setting)
+        unread = self.store.read(self.store.statements.messages_after(self.chat_id, -1))
+        transcript = Transcript()
+        if unread:
+            transcript.add(unread, rows.tool_results, rows.files)
+        messages = transcript.asked(setting.instructions, setting.options.history, start.text, start.files)
+        model = setting.candidates[0].model
+        return gateway.count_tokens(setting.llm, model, messages=messages, tools=setting.options.toolbox.schemas)
+
+    # A person's say
+
+    def pending_approvals(self) -> list[LlmToolCall]:
+        """The tool calls that wait for `approve` or `deny`, in order."""
+        return pending_approvals(self.store, self.chat_id)
+
+    def approve(self, call: "LlmToolCall | UUID | str") -> LlmToolCall:
+        """Let a tool call run, on the next `resume()`. Raises `InvalidValue` where it does not wait for that."""
+        return approve(self.store, self.chat_id, call)
+
+    def deny(self, call: "LlmToolCall | UUID | str", reason: str | None = None) -> LlmToolCall:
+        """Keep a tool call from running; the model is told so, and why. Raises `InvalidValue` as `approve` does."""
+        return deny(self.store, self.chat_id, call, reason)
+
+    def cancel(self) -> bool:
+        """Stop the chat's running turn, from any thread or process; whether there was one.
+
+        It ends within a second, by `on_error`, and its caller gets `TurnCancelled`; a plain tool that is running is let
+        finish first. A turn that waits for approval ends at once.
+        """
+        return cancel(self.store, self.chat_id, self.options.on_error, self.options.stores_tool_calls)
+
+    # The history
+
+    def add_message(self, role: str, content: str, files: Any = None) -> LlmMessage:
+        """Write a message that no model was asked about: imported history, or something the system says.
+
+        role    "user", "assistant" or "system"
+
+        Raises `ChatBusy` while a turn runs.
+        """
+        said = attachments_of(files, max_bytes=self.options.max_file_bytes)
+        return add_message(self.store, self.chat_id, role, content, said, keeps_files=self.options.store_files)
+
+    def fork(self, at: "LlmMessage | UUID | str | int | None" = None) -> "Chat":
+        """A new chat with a copy of this one's history, as far as `at`: a message, its id or position; default: all.
+
+        Tool calls and files come along. What it cost stays with this chat: the copy has no requests, and no tokens.
+        """
+        return Chat(self.store, fork(self.store, self.record, at, self.options.stores_tool_calls), self._options)
 
     # Reading
 
     def messages(self) -> list[LlmMessage]:
         """Every message of the chat, in order; a reply in the making has status "pending"."""
-        message = self.store.records.message
+        message, schema = self.store.records.message, self.options.schema
         with self.store.connection():
-            return list(message.select().where(message.chat == self.id).order_by(message.position))
+            rows = list(message.select().where(message.chat == self.chat_id).order_by(message.position))
+        for row in rows:
+            row.reply_schema = schema
+        return rows
+
+    def attachments(self, message: "LlmMessage | None" = None) -> list[LlmAttachment]:
+        """The files of a message, or of all of the chat, in order."""
+        record: Any = self.store.records.attachment
+        messages: Any = self.store.records.message
+        rows = record.select().join(messages).where(messages.chat == self.chat_id)
+        if message is not None:
+            rows = rows.where(record.message == message.id)
+        with self.store.connection():
+            return list(rows.order_by(messages.position, record.position))
 
     def tool_calls(self) -> list[LlmToolCall]:
         """Every tool call of the chat, those of rolled-back turns too, in the order in which they were asked for."""
@@ -160,27 +236,75 @@ class Chat:
 
     def stats(self) -> Stats:
         """Tokens, cost, requests, tool calls and time, summed up in the database."""
-        self._check_stores_requests()
-        return stats_of(self.store, chat_id=self.id, tool_calls=self.options.stores_tool_calls)
+        options = self.options
+        if not options.stores_requests:
+            raise InvalidValue(
+                'stats() sums up request rows, and this chat writes none: persistence={"requests": False}'
+            )
+        return stats_of(self.store, chat_id=self.chat_id, tool_calls=options.stores_tool_calls)
+
+    @property
+    def history(self) -> list[Message]:
+        """The messages of the chat as a model is shown them, without the instructions; read from the database."""
+        rows = Rows(self.store, self._setting({}, checks_model=False))
+        unread = self.store.read(self.store.statements.messages_after(self.chat_id, -1))
+        transcript = Transcript()
+        if unread:
+            transcript.add(unread, rows.tool_results, rows.files)
+        return transcript.shown(None)
 
     def delete(self) -> None:
         """Delete the chat with its messages and tool calls. Its request rows stay: what was spent was spent."""
         with self.store.connection():
-            self.store.records.chat.delete().where(self.store.records.chat.id == self.id).execute()
+            self.store.records.chat.delete().where(self.store.records.chat.id == self.chat_id).execute()
         self._transcript = Transcript()
 
     def reload(self) -> Self:
         """Read the chat's row again, and all of its history on the next turn. For when other code changed them."""
         with self.store.connection():
-            record = self.store.records.chat.get_or_none(self.store.records.chat.id == self.id)
+            record = self.store.records.chat.get_or_none(self.store.records.chat.id == self.chat_id)
         if record is None:
-            raise ChatGone(f"there is no chat {self.id}: it was deleted")
+            raise ChatGone(f"there is no chat {self.chat_id}: it was deleted")
         self.record, self._transcript = record, Transcript()
         return self
+
+    # The same from asyncio
+
+    async def acount_tokens(self, text: str = "", files: Any = None, **options: Unpack[TurnOptions]) -> int:
+        """`count_tokens`, from asyncio."""
+        return await self.store.off_the_loop(lambda: self.count_tokens(text, files, **options))
+
+    async def apending_approvals(self) -> list[LlmToolCall]:
+        """`pending_approvals`, from asyncio."""
+        return await self.store.off_the_loop(self.pending_approvals)
+
+    async def aapprove(self, call: "LlmToolCall | UUID | str") -> LlmToolCall:
+        """`approve`, from asyncio."""
+        return await self.store.off_the_loop(self.approve, call)
+
+    async def adeny(self, call: "LlmToolCall | UUID | str", reason: str | None = None) -> LlmToolCall:
+        """`deny`, from asyncio."""
+        return await self.store.off_the_loop(self.deny, call, reason)
+
+    async def acancel(self) -> bool:
+        """`cancel`, from asyncio."""
+        return await self.store.off_the_loop(self.cancel)
+
+    async def aadd_message(self, role: str, content: str, files: Any = None) -> LlmMessage:
+        """`add_message`, from asyncio."""
+        return await self.store.off_the_loop(self.add_message, role, content, files)
+
+    async def afork(self, at: "LlmMessage | UUID | str | int | None" = None) -> "Chat":
+        """`fork`, from asyncio."""
+        return await self.store.off_the_loop(self.fork, at)
 
     async def amessages(self) -> list[LlmMessage]:
         """`messages`, from asyncio."""
         return await self.store.off_the_loop(self.messages)
+
+    async def aattachments(self, message: "LlmMessage | None" = None) -> list[LlmAttachment]:
+        """`attachments`, from asyncio."""
+        return await self.store.off_the_loop(self.attachments, message)
 
     async def atool_calls(self) -> list[LlmToolCall]:
         """`tool_calls`, from asyncio."""
@@ -194,6 +318,10 @@ class Chat:
         """`stats`, from asyncio."""
         return await self.store.off_the_loop(self.stats)
 
+    async def ahistory(self) -> list[Message]:
+        """`history`, from asyncio."""
+        return await self.store.off_the_loop(lambda: self.history)
+
     async def adelete(self) -> None:
         """`delete`, from asyncio."""
         await self.store.off_the_loop(self.delete)
@@ -204,48 +332,94 @@ class Chat:
 
     # How
 
-    def _play(self, text: str | None, options: TurnOptions) -> LlmMessage:
+    def _base(self) -> Config:
+        record = self.record
+        return Config(record.model, record.provider, record.instructions, self._options)
+
+    def _config_for(self, options: dict[str, Any]) -> Config:
+        """What one turn asks with; takes out of the options what is not one."""
+        return self.config
+
+    def _said(self, text: str, files: Any, options: Mapping[str, Any]) -> Said:
+        if files is None:
+            return Said(said_text(text))
+        limit = options.get("max_file_bytes", self.options.max_file_bytes)
+        attached = attachments_of(files, max_bytes=limit)
+        return Said(said_text(text, may_be_empty=bool(attached)), attached)
+
+    def _play(self, start: Start, options: TurnOptions) -> LlmMessage:
         outcome = Outcome()
-        for _ in play(self._turn(text, options), outcome):
+        for _ in play(self._turn(start, options), outcome):
             pass  # only a stream yields chunks
         assert outcome.message is not None
         return outcome.message
 
-    async def _aplay(self, text: str | None, options: TurnOptions) -> LlmMessage:
+    async def _aplay(self, start: Start, options: TurnOptions) -> LlmMessage:
         outcome = Outcome()
-        async for _ in aplay(self._turn(text, options, may_await=True), outcome):
+        async for _ in aplay(self._turn(start, options, may_await=True), outcome):
             pass
         assert outcome.message is not None
         return outcome.message
 
-    def _turn(self, text: str | None, options: TurnOptions, *, stream: bool = False, may_await: bool = False) -> Turn:
-        """A turn that can work, as far as this can be known before anything is written."""
-        setting = self._setting(options)
-        if not may_await and (names := setting.options.toolbox.async_tools()):
-            raise AsyncTool(f"the tool {names[0]!r} is async: use aask() or aask_stream(), or make it a plain function")
-        return Turn(self.store, setting, self._transcript, text, stream=stream)
+    def _stream(self, start: Start, options: TurnOptions) -> "Stream":
+        turn, outcome = self._turn(start, options, stream=True), Outcome()
+        return Stream(play(turn, outcome), outcome)
 
-    def _setting(self, options: TurnOptions) -> Setting:
-        _check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES))
-        _check_overrides(options)
-        ours = {name: value for name, value in options.items() if name in OF_ONE_TURN}
-        chosen = self.options.changed(**ours)
-        model = options.get("model", self.model)
-        if not model:
-            raise NoModel()
-        provider = options.get("provider", None if "model" in options else self.provider)
+    def _astream(self, start: Start, options: TurnOptions) -> "AsyncStream":
+        turn, outcome = self._turn(start, options, stream=True, may_await=True), Outcome()
+        return AsyncStream(aplay(turn, outcome), outcome)
+
+    def _turn(self, start: Start, options: TurnOptions, *, stream: bool = False, may_await: bool = False) -> Turn:
+        """A turn that can work, as far as this can be known before anything is written."""
+        setting = self._setting(dict(options))
+        toolbox = setting.options.toolbox
+        if not may_await:
+            _check_nothing_is_async(setting)
+        if toolbox.asks_for_approval and not setting.options.stores_tool_calls:
+            raise InvalidValue(
+                'a tool that requires approval needs its row: this chat has persistence={"tool_calls": False}'
+            )
+        choice = setting.options.tool_choice
+        if choice not in (None, "auto", "none", "required") and choice not in toolbox.by_name:
+            raise InvalidValue(
+                f"tool_choice={choice!r} names no tool of this chat; it has {', '.join(toolbox.by_name) or 'none'}"
+            )
+        if isinstance(start, Said):
+            for candidate in setting.candidates:
+                check_taken(start.files, candidate.answering_provider)
+        return Turn(self.store, setting, self._transcript, start, stream=stream)
+
+    def _setting(self, options: dict[str, Any], *, checks_model: bool = True) -> Setting:
+        config = self._config_for(options)
+        check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES))
+        check_overrides(options)
+        config = config.with_overrides({name: options[name] for name in OVERRIDES if name in options})
+        config = config.with_options(**{name: value for name, value in options.items() if name in OF_ONE_TURN})
+        chosen = config.options
         llm = chosen.llm if chosen.llm is not None else self.store.llm
+        named = [(config.model, config.provider), *((model, None) for model in chosen.fallbacks.models)]
+        candidates = []
+        for model, provider in named if checks_model else ():
+            if not model:
+                raise NoModel()
+            candidates.append(Candidate(model, provider, gateway.check_model(llm, model, provider)))
         return Setting(
-            chat_id=self.id,
-            model=model,
-            provider=provider,
-            instructions=options.get("instructions", self.instructions),
+            chat_id=self.chat_id,
+            instructions=config.instructions,
             metadata=self.metadata,
+            candidates=tuple(candidates),
             options=chosen,
             hooks=self._hooks,
+            middlewares=chosen.all_middlewares(self.store.middlewares),
             llm=llm,
-            answering_provider=gateway.check_model(llm, model, provider),
+            estimate=lambda candidate, messages: gateway.estimate(
+                llm, candidate.model, candidate.provider, messages, chosen.toolbox.schemas, chosen.max_tokens
+            ),
         )
+
+    def _options_for(self, options: Mapping[str, Any]) -> Options:
+        known = {name: value for name, value in options.items() if name in OF_ONE_TURN}
+        return self.options.changed(**known)
 
     def _of_turns(self, record: Any, *order: str) -> list[Any]:
         """Rows in the order of their turns; time tells apart only the tries of one turn."""
@@ -253,13 +427,21 @@ class Chat:
         rows = record.select().join(message, pw.JOIN.LEFT_OUTER, on=(message.id == record.turn_id))
         with self.store.connection():
             by = (message.position.asc(nulls="first"), record.created_at, *(getattr(record, name) for name in order))
-            return list(rows.where(record.chat == self.id).order_by(*by))
+            return list(rows.where(record.chat == self.chat_id).order_by(*by))
 
-    def _check_stores_requests(self) -> None:
-        if not self.options.stores_requests:
-            raise InvalidValue(
-                'stats() sums up request rows, and this chat writes none: persistence={"requests": False}'
-            )
+
+def _check_nothing_is_async(setting: Setting) -> None:
+    """Raise `AsyncTool` for what a plain ask could not await, before anything is paid for."""
+    toolbox = setting.options.toolbox
+    if names := toolbox.async_tools():
+        raise AsyncTool(f"the tool {names[0]!r} is async: use aask() or aask_stream(), or make it a plain function")
+    hooks = [(f"the hook {name}", function) for name, functions in setting.hooks.items() for function in functions]
+    for name in METHODS:
+        hooks += [(f"{name} of a middleware", method) for method in methods_of(setting.middlewares, name)]
+    hooks += [(f"requires_approval of {made!r}", made.requires_approval) for made in toolbox.by_name.values()]
+    for what, function in hooks:
+        if inspect.iscoroutinefunction(function):
+            raise AsyncTool(f"{what} ({function!r}) is async: use aask() or aask_stream(), or make it a plain function")
 
 
 class Stream:
@@ -317,151 +499,6 @@ class AsyncStream:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
-
-
-def create_chat(store: Store | pw.Database | str | None = None, **keywords: Any) -> Chat:
-    """A new chat, stored.
-
-    store       a Store, a peewee Database or a URL; None as in `connect`
-    stored      model, provider, instructions, metadata (any JSON), and the application's own columns of the chat
-    not stored  the options of `Options`: llm, tools, temperature, max_tokens, thinking, params, headers,
-                request_timeout, max_tool_calls, tool_concurrency, retries, history, persistence, on_error, wait,
-                stale_after, debug
-
-    Raises `UnknownKeyword` for a keyword that is none of these, `InvalidValue` for a value that cannot be stored, both
-    before anything is written.
-    """
-    store = as_store(store)
-    columns = _columns(store, "create_chat()", keywords, (*STORED, *OPTIONS))
-    options = _options(keywords)
-    stored = {name: keywords[name] for name in OVERRIDES if name in keywords}
-    _check_overrides(stored)
-    stored["metadata"] = _as_stored(keywords.get("metadata"))
-    with store.connection(), _clear_about("create_chat()", columns):
-        record = store.records.chat.create(id=uuid7(), **stored, **columns)
-    return Chat(store, record, options)
-
-
-def load_chat(store: Store | pw.Database | str | None, chat_id: UUID | str | None, **keywords: Any) -> Chat | None:
-    """The stored chat, or None where there is none of that id, or its columns are not as said.
-
-    keywords    the options of `Options`, which are not stored; model, provider and instructions, in place of the stored
-                ones for as long as this object lives; and columns of the application, which must match, so that one
-                tenant cannot load another's chat: load_chat(store, chat_id, user_id="u_1")
-    """
-    store = as_store(store)
-    columns = _columns(store, "load_chat()", keywords, (*OVERRIDES, *OPTIONS))
-    overrides = {name: keywords[name] for name in OVERRIDES if name in keywords}
-    _check_overrides(overrides)
-    options = _options(keywords)
-    key = _as_key(chat_id)
-    if key is None:
-        return None
-    record = store.records.chat
-    matches = [
-        getattr(record, name).is_null() if value is None else getattr(record, name) == value
-        for name, value in columns.items()
-    ]
-    with store.connection(), _clear_about("load_chat()", columns):
-        found = record.get_or_none(record.id == key, *matches)
-    return Chat(store, found, options, **overrides) if found is not None else None
-
-
-async def acreate_chat(store: Store | pw.Database | str | None = None, **keywords: Any) -> Chat:
-    """`create_chat`, from asyncio."""
-    store = as_store(store)
-    return await store.off_the_loop(lambda: create_chat(store, **keywords))
-
-
-async def aload_chat(
-    store: Store | pw.Database | str | None, chat_id: UUID | str | None, **keywords: Any
-) -> Chat | None:
-    """`load_chat`, from asyncio."""
-    store = as_store(store)
-    return await store.off_the_loop(lambda: load_chat(store, chat_id, **keywords))
-
-
-def _options(keywords: dict[str, Any]) -> Options:
-    return Options(**{name: value for name, value in keywords.items() if name in OPTIONS})
-
-
-def _columns(store: Store, call: str, keywords: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-    own = store.chat_columns
-    for name in own:
-        if name in (*OPTIONS, "store", "chat_id"):
-            raise InvalidValue(f"the column {name!r} of the chat has the name of a keyword of {call}: choose another")
-    _check_keywords(call, keywords, (*known, *own), columns=own)
-    return {name: value for name, value in keywords.items() if name in own}
-
-
-def _check_keywords(
-    call: str, given: Mapping[str, Any], known: tuple[str, ...], columns: list[str] | None = None
-) -> None:
-    for name in given:
-        if name not in known:
-            own = "" if columns is None else f"; columns of the application: {', '.join(columns) or 'none'}"
-            options = ", ".join(name for name in known if name not in (columns or ()))
-            raise UnknownKeyword(f"{call} does not know {name!r}; it takes {options}{own}")
-
-
-@contextmanager
-def _clear_about(call: str, columns: dict[str, Any]) -> Iterator[None]:
-    """Say of a value of the application's columns that the database refuses it."""
-    for name, value in columns.items():
-        if isinstance(value, str):
-            _check_storable(name, value)
-    try:
-        yield
-    except (pw.IntegrityError, pw.DataError, OverflowError, TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in columns.items()) or "none"
-        problem = str(error).partition("\n")[0]
-        raise InvalidValue(f"{call}: {problem}; the columns of the application that were given: {given}") from error
-
-
-def _said(text: Any) -> str:
-    if not isinstance(text, str):
-        raise InvalidValue(f"a message must be a string, not {type(text).__name__}")
-    if not text.strip():
-        raise EmptyMessage(f"the message is empty ({text!r}): say something")
-    _check_storable("the message", text)
-    return text
-
-
-def _check_overrides(values: Mapping[str, Any]) -> None:
-    for name in OVERRIDES:
-        value = values.get(name)
-        if value is not None and not isinstance(value, str):
-            raise InvalidValue(f"{name} must be a string, not {type(value).__name__}")
-        _check_storable(name, value or "")
-
-
-def _as_stored(metadata: Any) -> Any:
-    """The metadata as the database will give it back: keys are strings, tuples are lists."""
-    try:
-        text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidValue(f"metadata cannot be written as JSON: {error}") from error
-    # Within JSON a NUL is written as an escape, and a backslash as two.
-    _check_storable("metadata", re.sub(r"(?<!\\)((?:\\\\)*)\\u0000", "\\1\0", text))
-    return json.loads(text)
-
-
-def _check_storable(what: str, text: str) -> None:
-    if "\x00" in text:
-        raise InvalidValue(f"{what} has a NUL character, which a database cannot hold as text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidValue(f"{what} has half a character (a lone surrogate) at {error.start}") from error
-
-
-def _as_key(chat_id: Any) -> UUID | None:
-    if isinstance(chat_id, UUID):
-        return chat_id
-    try:
-        return UUID(str(chat_id))
-    except ValueError:
-        return None
 
 
 def _log_to_stderr() -> None:

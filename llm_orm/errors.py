@@ -8,7 +8,10 @@
     │   ├── EmptyMessage, UnknownKeyword, InvalidValue, NoModel, UnknownModel
     │   ├── AsyncTool             an async tool in a synchronous ask
     │   ├── InsideTransaction     a turn was started inside the caller's own transaction
-    │   └── NothingToRetry
+    │   ├── NothingToRetry, NothingToResume
+    │   ├── AwaitsApproval        the chat's turn waits for approve() or deny()
+    │   ├── InvalidFile           a file that is missing, too large, or of a type that cannot be sent
+    │   └── AgentMismatch         a session was created for another class of agent
     ├── WrongSetup            the installation must be changed
     │   ├── InvalidDatabase       what connect() was given names no database we can use
     │   ├── TablesMissing         a table or column is not there: run "llm-orm migrate"
@@ -16,6 +19,11 @@
     └── TurnFailed            the turn is over, and asking again costs money
         ├── ToolRoundsExceeded
         ├── ToolError             raised by a tool; fatal=True ends the turn
+        ├── TurnCancelled         chat.cancel() was called
+        ├── InvalidReply          the reply does not match the schema; its text is in .text
+        ├── CorrectionsExceeded   middlewares kept sending the model back
+        ├── StoppedByMiddleware
+        ├── CostLimitExceeded     a CostGuard stopped the turn before the call that would exceed its limit
         ├── ReplyNotSaved         a paid reply could not be written; it is in .reply
         └── ChatGone              the chat was deleted
 
@@ -83,6 +91,29 @@ class NothingToRetry(WrongCall):
     """The chat has no unanswered user message"""
 
 
+class NothingToResume(WrongCall):
+    """The chat has no turn to go on with"""
+
+
+class AwaitsApproval(WrongCall):
+    """The chat's turn waits for tool calls to be approved or denied
+
+    calls    the tool calls without an answer, as `LlmToolCall` rows
+    """
+
+    def __init__(self, message: str | None = None, *, calls: Any = ()):
+        super().__init__(message)
+        self.calls = list(calls)
+
+
+class InvalidFile(WrongCall, ValueError):
+    """A file that cannot be sent"""
+
+
+class AgentMismatch(WrongCall, ValueError):
+    """The session was created for another class of agent"""
+
+
 class WrongSetup(LlmOrmError):
     """The installation must be changed"""
 
@@ -116,6 +147,46 @@ class ToolError(TurnFailed):
     def __init__(self, message: str | None = None, *, fatal: bool = False):
         super().__init__(message)
         self.fatal = fatal
+
+
+class TurnCancelled(TurnFailed):
+    """The turn was stopped by chat.cancel()"""
+
+
+class InvalidReply(TurnFailed, ValueError):
+    """The model's reply does not match the schema
+
+    text      the reply, as the model wrote it
+    problem   what is wrong with it
+    reply     llm_orm.Reply, whole
+    """
+
+    def __init__(self, message: str | None = None, *, text: str = "", problem: str = "", reply: Any = None):
+        super().__init__(message)
+        self.text = text
+        self.problem = problem
+        self.reply = reply
+
+
+class CorrectionsExceeded(TurnFailed):
+    """Middlewares sent the model back too often in one turn"""
+
+
+class StoppedByMiddleware(TurnFailed):
+    """A middleware ended the turn"""
+
+
+class CostLimitExceeded(TurnFailed):
+    """The next call of the model would cost more than its limit allows
+
+    limit, spent, estimate    US dollars, as `Decimal`; estimate is None where the model has no known price
+    """
+
+    def __init__(self, message: str | None = None, *, limit: Any = None, spent: Any = None, estimate: Any = None):
+        super().__init__(message)
+        self.limit = limit
+        self.spent = spent
+        self.estimate = estimate
 
 
 class ReplyNotSaved(TurnFailed):

@@ -9,16 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from .errors import TurnCancelled
+
 RETRYABLE = frozenset(
     "RateLimitError InternalServerError ServiceUnavailableError BadGatewayError APIConnectionError Timeout "
-    "APIResponseValidationError MidStreamFallbackError".split()
+    "APIResponseValidationError CallerCredentialRateLimitError MidStreamFallbackError".split()
 )
 FINAL = frozenset(
-    "AuthenticationError BadRequestError BlockedPiiEntityError BudgetExceededError ContentPolicyViolationError "
-    "ContextWindowExceededError GuardrailRaisedException ImageFetchError InvalidRequestError JSONSchemaValidationError "
-    "LiteLLMUnknownProvider MockException ModelNotMappedError ModifyResponseException NotFoundError "
-    "PaymentRequiredError PermissionDeniedError RejectedRequestError SensitiveDataRouteException "
-    "UnprocessableEntityError UnsupportedParamsError VectorStoreSearchError".split()
+    "AuthenticationError BadRequestError BlockedPiiEntityError BudgetExceededError "
+    "CallerCredentialAuthenticationError ContentPolicyViolationError ContextWindowExceededError "
+    "EndpointNotSupportedByModelError GuardrailRaisedException ImageFetchError InvalidRequestError "
+    "JSONSchemaValidationError LiteLLMUnknownProvider MalformedRequestFieldError MockException ModelNotMappedError "
+    "ModifyResponseException NotFoundError PaymentRequiredError PermissionDeniedError RejectedRequestError "
+    "SensitiveDataRouteException UnprocessableEntityError UnsupportedEndpointError UnsupportedParamsError "
+    "VectorStoreSearchError".split()
 )
 """litellm's classes. Those in neither set (APIError, OpenAIError) are judged by their status."""
 
@@ -42,9 +46,14 @@ def unwrapped(error: BaseException) -> BaseException:
     return original if isinstance(original, Exception) else error
 
 
+def hung_up(error: BaseException) -> bool:
+    """Whether it was us who ended the call."""
+    return not isinstance(error, Exception) or isinstance(error, TurnCancelled)
+
+
 def status_of(error: BaseException) -> int:
     """The HTTP status: 499 where we hung up, 0 where there was none."""
-    if not isinstance(error, Exception):
+    if hung_up(error):
         return 499
     if type(error).__name__ != "Timeout" and (lost_connection(error) or was_never_sent(error)):
         return 0  # litellm says 500 here, which no server did

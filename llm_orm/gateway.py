@@ -6,15 +6,16 @@ litellm is imported on the first call of a model: it takes seconds.
 import functools
 import inspect
 import os
+import threading
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from .errors import InvalidValue, UnknownModel
-from .failures import is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
+from .failures import hung_up, is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
 from .received import Received
 from .values import Answer, Chunk, Message, ModelRequest, Reply, Usage, storable
 
@@ -64,7 +65,7 @@ def litellm() -> Any:
 def check_model(llm: Any, model: str, provider: str | None) -> str:
     """The provider of the model. Raises `UnknownModel` where none is known, before anything is written."""
     _, found = resolve(llm, model, provider)
-    names = getattr(llm, "model_names", None)  # of a litellm.Router
+    names = _of_router(llm, "model_names", kind="group_set")
     if names and model not in names:
         raise UnknownModel(f"the router has no model {model!r}; it has {', '.join(sorted(names))}")
     return found
@@ -98,6 +99,14 @@ def _two_of(get_llm_provider: Any, model: str, provider: str | None) -> tuple[st
             '"anthropic/claude-sonnet-4-5") or give provider='
         ) from error
     return name, found
+
+
+def _of_router(llm: Any, name: str, **kind: str) -> Any:
+    """The models of a `litellm.Router`: its registry's, where it has one, for then it warns of its own attributes."""
+    registry: Any = getattr(llm, "registry", None)
+    if not callable(registry):
+        return getattr(llm, name, None)
+    return registry().names(**kind) if kind else registry().all()
 
 
 # Prices
@@ -183,13 +192,40 @@ def _is_priced(llm: Any, model: str, provider: str) -> bool:
     return model in known or f"{provider}/{model}" in known
 
 
-def count_tokens(llm: Any, model: str, *, messages: list[Message] | None = None, text: str | None = None) -> int:
+def count_tokens(
+    llm: Any,
+    model: str,
+    *,
+    messages: list[Message] | None = None,
+    text: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> int:
     """How many tokens they are, by the model's tokenizer; roughly, where that fails."""
     counter = getattr(llm, "token_counter", None) or litellm().token_counter
+    more = {"tools": list(tools)} if tools else {}
     try:
-        return counter(model=model, messages=messages) if messages is not None else counter(model=model, text=text)
+        if messages is None:
+            return counter(model=model, text=text)
+        return counter(model=model, messages=messages, **more)
     except Exception:
-        return len(str(messages) if messages is not None else text or "") // 4 + 1  # no row is lost for a figure
+        return (
+            len(str((messages, *tools)) if messages is not None else text or "") // 4 + 1
+        )  # no row is lost for a figure
+
+
+def estimate(
+    llm: Any,
+    model: str,
+    provider: str | None,
+    messages: list[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    max_tokens: int | None = None,
+) -> Decimal | None:
+    """US dollars that a call costs at the least: its input, and max_tokens of output where that is set; None where the
+    model has no known price."""
+    name, found = resolve(llm, model, provider)
+    counted = count_tokens(llm, name, messages=messages, tools=tools)
+    return cost_of(llm, name, found, Usage(counted, max_tokens or 0))
 
 
 # Calls
@@ -207,18 +243,21 @@ class Call:
         self.stopped: float | None = None
         self.first_token: float | None = None
         self.shown = False
+        self._lock = threading.Lock()
+        self._is_over = False
+        """Whether nobody waits for it any longer: what still comes changes nothing."""
 
     def chunks(self) -> Generator[Chunk]:
         with self._client() as client:
             response = self.llm.completion(**self._keywords(), **client)
             if not self.request.stream:
-                self.received.take(response)
+                self._take(response)
                 return
             try:
                 for part in response:
                     yield from self._chunks_of(part)
             finally:
-                self.received.finish(response)
+                self._finish(response)
                 _close(response)
             self._check_finished(response)
             for call in self.received.tool_calls():
@@ -229,14 +268,14 @@ class Call:
         async with self._async_client() as client:
             response = await self.llm.acompletion(**self._keywords(), **client)
             if not self.request.stream:
-                self.received.take(response)
+                self._take(response)
                 return
             try:
                 async for part in response:
                     for chunk in self._chunks_of(part):
                         yield chunk
             finally:
-                self.received.finish(response)
+                self._finish(response)
                 await _aclose(response)
             self._check_finished(response)
             for call in self.received.tool_calls():
@@ -250,6 +289,8 @@ class Call:
     def ended(self, error: BaseException | None = None) -> Answer:
         """How the call ended; its usage is counted here where the provider sent none. Never raises."""
         error = unwrapped(error) if error is not None else None
+        with self._lock:
+            self._is_over = True
         try:
             return self._ended(error)
         except Exception as problem:
@@ -286,6 +327,8 @@ class Call:
     def _keywords(self) -> dict[str, Any]:
         request = self.request
         keywords = {**request.options, "model": request.model, "max_retries": 0}
+        if "thinking" in keywords:
+            keywords |= self._thinking(keywords.pop("thinking"))
         keywords["messages"] = _for_provider(request.messages, self.provider)
         if request.provider:
             keywords["custom_llm_provider"] = request.provider
@@ -293,13 +336,29 @@ class Call:
             keywords |= {"stream": True, "stream_options": {"include_usage": True}}
         return keywords
 
+    def _thinking(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """The wish in the provider's words: some take an effort, some a number of tokens, some both."""
+        if "type" in wanted:
+            return {"thinking": dict(wanted)}  # the provider's own shape
+        effort, budget = wanted.get("effort"), wanted.get("budget")
+        takes_budget = "thinking" in self._supported()
+        if budget is not None and (takes_budget or (effort is None and "reasoning_effort" not in self._supported())):
+            return {"thinking": {"type": "enabled", "budget_tokens": budget}}
+        return {"reasoning_effort": effort or _effort_of(budget)}
+
+    def _supported(self) -> Sequence[str]:
+        """The keywords that litellm translates for the model."""
+        if self.request.llm is not None and not isinstance(self.request.llm, LLM):
+            return ("thinking", "reasoning_effort")  # a router, or a model of a test's: it is told as it was said
+        return litellm().get_supported_openai_params(self.model, self.provider) or ()
+
     def _printable(self, error: BaseException) -> str:
         return storable(redacted(str(error), secrets_of(self._credentials())))
 
     def _credentials(self) -> dict[str, Any]:
         """Everything that a key may be in."""
         known: dict[str, Any] = {"options": dict(self.request.options), "environment": dict(os.environ)}
-        return known | {"llm": getattr(self.llm, "defaults", None), "router": getattr(self.llm, "model_list", None)}
+        return known | {"llm": getattr(self.llm, "defaults", None), "router": _of_router(self.llm, "model_list")}
 
     @contextmanager
     def _client(self) -> Generator[dict[str, Any]]:
@@ -334,8 +393,19 @@ class Call:
         is_gemini = self.provider in ("gemini", "vertex_ai")
         return is_gemini and self.request.stream and self.request.options.get("timeout") is not None
 
+    def _take(self, response: Any) -> None:
+        with self._lock:
+            if not self._is_over:
+                self.received.take(response)
+
+    def _finish(self, response: Any) -> None:
+        with self._lock:
+            if not self._is_over:
+                self.received.finish(response)
+
     def _chunks_of(self, part: Any) -> list[Chunk]:
-        chunks, is_token = self.received.add(part)
+        with self._lock:
+            chunks, is_token = ([], False) if self._is_over else self.received.add(part)
         if is_token and self.first_token is None:
             self.first_token = time.perf_counter()
         self.shown = self.shown or bool(chunks)
@@ -344,7 +414,7 @@ class Call:
     def _check_finished(self, response: Any) -> None:
         """Raise where a stream just stopped: litellm makes up a finish reason then, and says nothing."""
         parts = getattr(response, "chunks", None)
-        if not parts or self.provider not in ("openai", "anthropic", "azure"):
+        if not parts or self._is_over or self.provider not in ("openai", "anthropic", "azure"):
             return
         if not any(getattr(choice, "finish_reason", None) for part in parts for choice in part.choices):
             self.received.finish_reason = None
@@ -357,7 +427,7 @@ class Call:
 
     def _estimated(self, error: BaseException | None) -> Usage:
         """The tokens of a call whose provider did not say, or did not come to say, all of them."""
-        if isinstance(error, Exception) and not self.received.has_output:
+        if error is not None and not hung_up(error) and not self.received.has_output:
             return self.received.usage or Usage()  # the provider refused, or was not reached
         text, said = self.received.everything_written(), self.received.usage or Usage()
         written = count_tokens(self.llm, self.model, text=text) if text else 0
@@ -381,16 +451,24 @@ class Call:
         return cost_of(self.llm, model, provider, usage)
 
 
+def _effort_of(budget: int | None) -> str:
+    """The effort that litellm would make of such a budget, the other way round."""
+    return "low" if budget is None or budget <= 1024 else "medium" if budget <= 2048 else "high"
+
+
 def _for_provider(messages: list[Message], provider: str) -> list[Message]:
     """The messages as they may be sent: OpenAI refuses the fields that others need back."""
     if provider not in ("openai", "azure"):
         return messages
     return [
-        {name: value for name, value in message.items() if name not in ("thinking_blocks", "provider_specific_fields")}
+        {name: value for name, value in message.items() if name not in UNKNOWN_TO_OPENAI}
         if message["role"] == "assistant"
         else message
         for message in messages
     ]
+
+
+UNKNOWN_TO_OPENAI = ("thinking_blocks", "provider_specific_fields", "images")
 
 
 def _close(response: Any) -> None:

@@ -1,40 +1,63 @@
-"""Signs of life: tells the database, now and then, which turns this process is still working on."""
+"""What goes on beside the turns of a process: they are said to be alive, and told when somebody wants them stopped."""
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
 BEAT_EVERY_S = 5.0
+LOOK_EVERY_S = 0.5
 
 log = logging.getLogger("llm_orm")
 
 
 class Heart:
-    """Calls `beat(message_ids)` every five seconds for the turns in progress; short turns never get there."""
+    """A thread for the turns in progress; short turns never get to see it.
 
-    def __init__(self, beat: Callable[[list[Any]], None], every_s: float = BEAT_EVERY_S):
+    beat         called with their message ids every five seconds: writes down that they are alive
+    cancelled    called with their message ids twice a second: returns those that are to be stopped
+    """
+
+    def __init__(
+        self,
+        beat: Callable[[list[UUID]], None],
+        cancelled: Callable[[list[UUID]], Collection[UUID]] = lambda message_ids: (),
+        every_s: float = BEAT_EVERY_S,
+        look_every_s: float = LOOK_EVERY_S,
+    ):
         self._beat = beat
+        self._cancelled = cancelled
         self._every_s = every_s
-        self._turns: set[UUID] = set()
+        self._look_every_s = min(look_every_s, every_s)
+        self._turns: dict[UUID, Callable[[], None]] = {}
+        self._busy = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     @contextmanager
-    def beating(self, message_id: UUID) -> Iterator[None]:
-        self._turns.add(message_id)
+    def beating(self, message_id: UUID, stop: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """For as long as a turn runs. `stop` is called, from another thread, where somebody wants it to end."""
+        self._turns[message_id] = stop
+        self._busy.set()
         if self._thread is None or not self._thread.is_alive():  # it does not live on in a forked process
             self._start()
         try:
             yield
         finally:
-            self._turns.discard(message_id)
+            self._turns.pop(message_id, None)
+
+    def cancel(self, message_id: UUID) -> None:
+        """Tell a turn of this process at once, rather than when it is looked for."""
+        stop = self._turns.get(message_id)
+        if stop is not None:
+            stop()
 
     def stop(self) -> None:
         self._stopped.set()
+        self._busy.set()
 
     def _start(self) -> None:
         with self._lock:
@@ -43,12 +66,28 @@ class Heart:
                 self._thread.start()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._every_s):
+        silent_s = 0.0
+        while self._busy.wait() and not self._stopped.wait(self._look_every_s):
             turns = list(self._turns)
             if not turns:
+                self._busy.clear()
+                if self._turns:  # one began in this moment
+                    self._busy.set()
                 continue
-            try:
-                self._beat(turns)
-            except Exception as error:
-                # A missed beat harms nobody, and the next may succeed: the turns themselves report a dead database.
-                log.warning("could not tell the database that %d turns are alive: %s", len(turns), error)
+            silent_s += self._look_every_s
+            self._look(turns)
+            if silent_s >= self._every_s:
+                silent_s = 0.0
+                self._try("tell the database that %d turns are alive", self._beat, turns)
+
+    def _look(self, turns: list[UUID]) -> None:
+        for message_id in self._try("ask whether %d turns are to be stopped", self._cancelled, turns):
+            self.cancel(message_id)
+
+    def _try(self, what: str, function: Callable[[list[UUID]], Any], turns: list[UUID]) -> Any:
+        try:
+            return function(turns) or ()
+        except Exception as error:
+            # A missed beat harms nobody, and the next may succeed: the turns themselves report a dead database.
+            log.warning(f"could not {what}: %s", len(turns), error)
+            return ()

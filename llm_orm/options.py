@@ -5,11 +5,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
+from uuid import UUID
 
+from .attachments import MAX_FILE_BYTES
 from .errors import InvalidValue
+from .middleware import SchemaSelfCorrection, check_middleware
+from .structured import Schema
 from .tools import Toolbox
 from .transcript import History
-from .values import Retries
+from .values import Fallbacks, Message, Retries
 
 OURS = ("model", "messages", "stream", "tools", "max_retries", "num_retries", "fallbacks")
 """What llm_orm says to litellm's completion() itself: a retry made there would leave no row."""
@@ -23,13 +27,21 @@ class Options:
     tools             functions, `Tool` classes or instances
     temperature       as the provider takes it
     max_tokens        of one reply
-    thinking          {"effort": "low" | "medium" | "high"} or {"budget": tokens}
+    thinking          {"effort": "low" | "medium" | "high"} or {"budget": tokens}, or both: whichever the provider takes
+    effort            short for thinking={"effort": …}
+    schema            what each reply must be: a pydantic model, or a JSON schema; `reply.parsed` is then an instance
+    corrections       how often a reply that does not match the schema is sent back; past it: InvalidReply
+    tool_choice       "auto", "none", "required", or the name of a tool; a forced choice holds until tools have run
+    fallbacks         the models that are called where one fails: names, or a `Fallbacks`
+    middlewares       `Middleware` objects, which come after those of the store
     params            further keywords for litellm's completion()
     headers           extra HTTP headers
     request_timeout   seconds that one call of the model may take
     max_tool_calls    rounds of tool calls in one turn; past it: ToolRoundsExceeded
     tool_concurrency  calls of one round that run side by side
     retries           how often a failed call is tried again, or a `Retries`
+    store_files       False: of the files that come with a message only name, size and address are kept
+    max_file_bytes    that one of them may have
     history           the last n turns are sent, or what a function of the messages returns; default: all
     persistence       {"tool_calls": False, "requests": False} leaves those tables alone
     on_error          "rollback": a failed turn leaves the user's message only; "keep": also what was received
@@ -43,12 +55,20 @@ class Options:
     temperature: float | None = None
     max_tokens: int | None = None
     thinking: Mapping[str, Any] | None = None
+    effort: str | None = None
+    schema: Any = None
+    corrections: int = 2
+    tool_choice: str | None = None
+    fallbacks: Any = ()
+    middlewares: Any = ()
     params: Mapping[str, Any] = field(default_factory=dict, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     request_timeout: float | None = None
     max_tool_calls: int = 5
     tool_concurrency: int = 1
     retries: Retries | int = Retries()
+    store_files: bool = True
+    max_file_bytes: int = MAX_FILE_BYTES
     history: History = None
     persistence: Mapping[str, bool] = field(default_factory=dict)
     on_error: Literal["rollback", "keep"] = "rollback"
@@ -79,7 +99,21 @@ class Options:
         _check("stale_after", self.stale_after, "must be 0, or 10 seconds or more", _is_stale_after)
         _check("params", self.params, f"must be keywords of completion(), less {', '.join(OURS)}", _is_params)
         _check("persistence", self.persistence, 'takes "tool_calls" and "requests", True or False', _is_persistence)
+        _check("effort", self.effort, 'must be "low", "medium" or "high"', lambda v: v is None or isinstance(v, str))
         _check("thinking", self.thinking, 'must be {"effort": …} or {"budget": tokens}', _is_thinking)
+        if self.effort is not None:
+            object.__setattr__(self, "thinking", {**(self.thinking or {}), "effort": self.effort})
+            object.__setattr__(self, "effort", None)
+        _check("corrections", self.corrections, "must be 0 or more", _is_count)
+        _check("tool_choice", self.tool_choice, 'must be "auto", "none", "required" or a tool\'s name', _is_name)
+        _check("fallbacks", self.fallbacks, "must be names of models, or a Fallbacks", _is_fallbacks)
+        object.__setattr__(self, "fallbacks", _fallbacks(self.fallbacks))
+        _check("middlewares", self.middlewares, "must be a list of middlewares", _is_sequence)
+        object.__setattr__(self, "middlewares", tuple(map(check_middleware, self.middlewares or ())))
+        _check("store_files", self.store_files, "must be True or False", lambda v: isinstance(v, bool))
+        _check("max_file_bytes", self.max_file_bytes, "must be 1 or more", lambda v: _is_count(v) and v > 0)
+        if self.schema is not None:
+            object.__setattr__(self, "schema", Schema.of(self.schema))
 
     def changed(self, **options: Any) -> "Options":
         return replace(self, **options) if options else self
@@ -92,12 +126,27 @@ class Options:
     def stores_requests(self) -> bool:
         return self.persistence.get("requests", True)
 
-    def for_completion(self) -> dict[str, Any]:
-        """The keywords that a call of `completion()` gets: the same on every round of a turn."""
+    def all_middlewares(self, of_the_store: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the store, those of the chat, and next to the model what corrects a reply by the schema."""
+        chosen = (*of_the_store, *self.middlewares)
+        corrected = any(isinstance(each, SchemaSelfCorrection) for each in chosen)
+        if self.schema is None or not self.corrections or corrected:
+            return chosen
+        return (*chosen, SchemaSelfCorrection(self.corrections))
+
+    def for_completion(self, *, after_tools: bool = False) -> dict[str, Any]:
+        """The keywords that a call of `completion()` gets.
+
+        after_tools    once tools have run in a turn, none is forced upon the model again: it would never come to an end
+        """
         # Copies: litellm writes into schemas, and what it writes for one provider is wrong for another.
         keywords: dict[str, Any] = copy.deepcopy(dict(self.params))
         if self.toolbox.schemas:
             keywords["tools"] = copy.deepcopy(self.toolbox.schemas)
+        if self.tool_choice is not None and not (after_tools and self.tool_choice not in ("auto", "none")):
+            keywords["tool_choice"] = _tool_choice(self.tool_choice)
+        if self.schema is not None:
+            keywords["response_format"] = self.schema.response_format
         if self.temperature is not None:
             keywords["temperature"] = self.temperature
         if self.max_tokens is not None:
@@ -107,13 +156,45 @@ class Options:
         if self.headers:
             keywords["extra_headers"] = dict(self.headers)
         if self.thinking:
-            keywords |= _thinking_keywords(self.thinking)
+            keywords["thinking"] = dict(self.thinking)  # which the gateway puts into the provider's words
         return keywords
 
 
-class TurnOptions(TypedDict, total=False):
-    """What `ask` takes for one turn, for type checkers: `Options` but persistence and debug, and three stored ones."""
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that may be called."""
 
+    model: str
+    provider: str | None
+    answering_provider: str
+    """The provider that will be called: the one named, or the one that the model belongs to."""
+
+
+Hooks = Mapping[str, tuple[Callable[..., Any], ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """All that a turn needs to know of its chat."""
+
+    chat_id: UUID
+    instructions: str | None
+    metadata: Any
+    candidates: tuple[Candidate, ...]
+    """The model, and those that are called where it fails."""
+    options: Options
+    hooks: Hooks
+    middlewares: tuple[Any, ...]
+    llm: Any
+    estimate: Callable[[Candidate, list[Message]], Any] = lambda candidate, messages: None
+    """US dollars that a call would cost at the least; None where the model has no known price."""
+
+
+class TurnOptions(TypedDict, total=False):
+    """What `ask` takes for one turn, for type checkers: `Options` but persistence and debug, three stored ones, and the
+    inputs of a session."""
+
+    inputs: Mapping[str, Any]
     model: str | None
     provider: str | None
     instructions: str | None
@@ -122,12 +203,20 @@ class TurnOptions(TypedDict, total=False):
     temperature: float | None
     max_tokens: int | None
     thinking: Mapping[str, Any] | None
+    effort: str | None
+    schema: Any
+    corrections: int
+    tool_choice: str | None
+    fallbacks: Any
+    middlewares: Any
     params: Mapping[str, Any]
     headers: Mapping[str, str]
     request_timeout: float | None
     max_tool_calls: int
     tool_concurrency: int
     retries: Retries | int
+    store_files: bool
+    max_file_bytes: int
     history: History
     on_error: Literal["rollback", "keep"]
     wait: float
@@ -137,15 +226,14 @@ class TurnOptions(TypedDict, total=False):
 NAMES = tuple(option.name for option in fields(Options) if option.init)
 
 
-def _thinking_keywords(thinking: Mapping[str, Any]) -> dict[str, Any]:
-    if "type" in thinking:  # the provider's own shape
-        return {"thinking": dict(thinking)}
-    keywords: dict[str, Any] = {}
-    if "budget" in thinking:
-        keywords["thinking"] = {"type": "enabled", "budget_tokens": thinking["budget"]}
-    if "effort" in thinking:
-        keywords["reasoning_effort"] = thinking["effort"]
-    return keywords
+def _tool_choice(choice: str) -> Any:
+    return choice if choice in ("auto", "none", "required") else {"type": "function", "function": {"name": choice}}
+
+
+def _fallbacks(given: Any) -> Fallbacks:
+    if isinstance(given, Fallbacks):
+        return given
+    return Fallbacks((given,) if isinstance(given, str) else tuple(given or ()))
 
 
 def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
@@ -175,6 +263,19 @@ def _is_list(value: Any) -> bool:
     if isinstance(value, Toolbox):
         return True
     return value is None or (isinstance(value, Iterable) and not isinstance(value, str | Mapping))
+
+
+def _is_sequence(value: Any) -> bool:
+    return value is None or (isinstance(value, Iterable) and not isinstance(value, str | Mapping))
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and bool(value))
+
+
+def _is_fallbacks(value: Any) -> bool:
+    models = value.models if isinstance(value, Fallbacks) else (value,) if isinstance(value, str) else value or ()
+    return isinstance(models, Iterable) and all(isinstance(model, str) and model for model in models)
 
 
 def _is_retries(value: Any) -> bool:

@@ -1,28 +1,31 @@
 """Perform a turn: `play` on this thread, `aplay` on the event loop.
 
 Both yield the chunks of a stream as they come; the stored message is in `outcome` at the end. They know how to call a
-model, a tool and a hook, and nothing about the order of a turn.
+model, a tool and a hook, how to stop waiting for one, and nothing about the order of a turn.
 """
 
 import asyncio
 import contextvars
 import functools
 import inspect
-import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import AsyncTool
+from .aside import Aside, Interrupt
+from .claim import Wait
+from .errors import AsyncTool, TurnCancelled
 from .gateway import Call
 from .options import Options
 from .records import LlmMessage
 from .tools import ToolContext
-from .turn import CallHook, CallModel, Effect, Flow, RunTools, Turn, Wait
+from .turn import CallHook, CallModel, Effect, Flow, RunTools, Show, Turn
 from .values import Chunk, ToolCall, ToolOutcome
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,7 +56,9 @@ def advance(flow: Flow, value: Any = None, error: BaseException | None = None, c
 
 def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
     turn.store.check_outside_transaction()
-    flow, tools = turn.run(), _Threads(turn.setting.options)
+    interrupt = Interrupt()
+    turn.stop = interrupt.set
+    flow, tools = turn.run(), _Threads(turn.setting.options, interrupt)
     call, error = None, None
     try:
         step = advance(flow)
@@ -63,13 +68,18 @@ def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
                 case CallModel(request):
                     call = Call(request)
                     try:
-                        with closing(call.chunks()) as chunks:
+                        with Aside(call.chunks(), interrupt) as chunks:
                             yield from chunks
                     except BaseException as problem:
                         error = problem
+                case Show(chunk):
+                    if turn.stream:
+                        yield chunk
                 case effect:
                     try:
-                        value = _perform(effect, tools)
+                        if not turn.rows.is_settled:
+                            interrupt.check()
+                        value = _perform(effect, tools, interrupt)
                     except BaseException as problem:
                         error = problem
             step, call = advance(flow, value, error, call), None
@@ -83,7 +93,7 @@ def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
         tools.close()
 
 
-def _perform(effect: RunTools | CallHook | Wait, tools: "_Threads") -> Any:
+def _perform(effect: RunTools | CallHook | Wait, tools: "_Threads", interrupt: Interrupt) -> Any:
     match effect:
         case RunTools():
             return tools.first_of(effect)
@@ -94,15 +104,16 @@ def _perform(effect: RunTools | CallHook | Wait, tools: "_Threads") -> Any:
                 raise AsyncTool(f"the hook {function!r} is async: use aask() or aask_stream()")
             return result
         case Wait(seconds):
-            time.sleep(seconds)
+            interrupt.sleep(seconds)
 
 
 class _Threads:
     """Tool calls on this thread where one runs alone, else side by side on threads."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, interrupt: Interrupt):
         self.toolbox = options.toolbox
         self.at_once = options.tool_concurrency
+        self.interrupt = interrupt
         self.executor: ThreadPoolExecutor | None = None
         self.running: dict[str, Future[ToolOutcome]] = {}
 
@@ -116,11 +127,12 @@ class _Threads:
             if call.id not in self.running:
                 run = contextvars.copy_context().run
                 self.running[call.id] = self.executor.submit(run, self.toolbox.run, call, context)
-        wait_for(self.running.values(), return_when=FIRST_COMPLETED)
+        futures: list[Future[Any]] = [*self.running.values(), self.interrupt.future]
+        wait_for(futures, return_when=FIRST_COMPLETED)
         for call, _ in effect.calls:
             if self.running[call.id].done():
                 return self.running.pop(call.id).result()
-        raise AssertionError("unreachable")
+        raise TurnCancelled()
 
     def close(self) -> None:
         if self.executor is not None:
@@ -128,8 +140,46 @@ class _Threads:
             self.executor.shutdown(wait=not self.running, cancel_futures=True)
 
 
+class _AsyncInterrupt:
+    """What makes a task stop waiting; `set` is called from any thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.is_set = False
+        self.scope: asyncio.Timeout | None = None
+
+    def set(self) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._set)
+        except RuntimeError:
+            pass  # the loop is closed, and its tasks with it
+
+    def _set(self) -> None:
+        self.is_set = True
+        if self.scope is not None:
+            self.scope.reschedule(self.loop.time())
+
+    async def wait(self, start: Callable[[], Awaitable[T]]) -> T:
+        """What is waited for; raises `TurnCancelled` once the interrupt is set."""
+        if self.is_set:
+            raise TurnCancelled()
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self.scope = scope
+                return await start()
+        except TimeoutError:
+            if scope.expired():
+                raise TurnCancelled() from None
+            raise
+        finally:
+            self.scope = None
+
+
 async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
     turn.store.check_outside_transaction()
+    interrupt = _AsyncInterrupt()
+    turn.stop = interrupt.set
     flow, tools = turn.run(), _Tasks(turn.setting.options)
     off_the_loop = turn.store.off_the_loop
     call, error = None, None
@@ -142,13 +192,20 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
                     call = Call(request)
                     try:
                         async with aclosing(call.achunks()) as chunks:
-                            async for chunk in chunks:
+                            while True:
+                                try:
+                                    chunk = await interrupt.wait(functools.partial(anext, chunks))
+                                except StopAsyncIteration:
+                                    break
                                 yield chunk
                     except BaseException as problem:
                         error = problem
+                case Show(chunk):
+                    if turn.stream:
+                        yield chunk
                 case effect:
                     try:
-                        value = await _aperform(effect, tools)
+                        value = await _aperform(effect, tools, interrupt, turn.rows.is_settled)
                     except BaseException as problem:
                         error = problem
             told, call = call, None
@@ -166,15 +223,19 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
             await tools.close()
 
 
-async def _aperform(effect: RunTools | CallHook | Wait, tools: "_Tasks") -> Any:
+async def _aperform(
+    effect: RunTools | CallHook | Wait, tools: "_Tasks", interrupt: _AsyncInterrupt, is_settled: bool
+) -> Any:
     match effect:
         case RunTools():
-            return await tools.first_of(effect)
+            return await interrupt.wait(lambda: tools.first_of(effect))
         case CallHook(function, arguments):
             result = function(*arguments)
-            return await result if inspect.isawaitable(result) else result
+            if not inspect.isawaitable(result):
+                return result
+            return await result if is_settled else await interrupt.wait(lambda: result)
         case Wait(seconds):
-            await asyncio.sleep(seconds)
+            await interrupt.wait(lambda: asyncio.sleep(seconds))
 
 
 class _Tasks:

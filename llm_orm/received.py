@@ -5,10 +5,11 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from .attachments import MadeFiles
 from .values import Chunk, Message, Reply, ToolCall, Usage, storable
 
-REPEATED_FIELDS = ("thinking_blocks", "reasoning_content")
-"""What litellm says twice: on the message, and among the provider's own fields."""
+REPEATED_FIELDS = ("thinking_blocks", "reasoning_content", "stop_reason", "compaction_start", "compaction_delta")
+"""What litellm says twice: elsewhere in the reply, and among the provider's own fields."""
 
 
 class Received:
@@ -21,6 +22,7 @@ class Received:
         self.blocks: list[dict[str, Any]] = []
         self.calls: list[dict[str, Any]] = []
         self.fields: dict[str, Any] = {}
+        self.made = MadeFiles()
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         self.cost: Decimal | None = None
@@ -96,13 +98,27 @@ class Received:
         calls = getattr(delta, "tool_calls", None) or ()
         for call in calls:
             self._add_call(call)
-        for name, value in (getattr(delta, "provider_specific_fields", None) or {}).items():
-            if name not in REPEATED_FIELDS:
+        self._add_fields(getattr(delta, "provider_specific_fields", None) or {})
+        refusal = getattr(delta, "refusal", None)  # some versions of litellm have it among the provider's own fields
+        if refusal:
+            self.fields["refusal"] = self.fields.get("refusal", "") + refusal
+        return content, thinking, self.made.add(delta) or bool(calls)
+
+    def _add_fields(self, fields: Mapping[str, Any]) -> None:
+        """The provider's own fields. A compaction's summary comes in one part; the block that opens it is empty."""
+        blocks, summary = fields.get("compaction_blocks"), fields.get("compaction_delta")
+        filled = [block for block in blocks or () if block.get("content")]
+        if summary and not filled:
+            filled = [{**summary, "type": "compaction"}]
+        if filled:
+            _merge(self.fields, "compaction_blocks", filled)
+        for name, value in fields.items():
+            if name not in (*REPEATED_FIELDS, "compaction_blocks"):
                 _merge(self.fields, name, value)
-        return content, thinking, bool(calls)
 
     def _add_block(self, block: Any) -> None:
-        block = dict(block)
+        # Where a block stands among those of a stream is no part of it: a whole reply does not say it.
+        block = {name: value for name, value in dict(block).items() if name != "index"}
         last = self.blocks[-1] if self.blocks else None
         if last and block.get("type") == last.get("type") == "thinking" and not last.get("signature"):
             last["thinking"] = (last.get("thinking") or "") + (block.get("thinking") or "")
@@ -129,7 +145,7 @@ class Received:
 
     @property
     def has_output(self) -> bool:
-        return bool(self.content or self.thinking or self.calls)
+        return bool(self.content or self.thinking or self.calls or self.made.images or self.made.sound)
 
     def everything_written(self) -> str:
         arguments = (call["name"] + call["arguments"] for call in self.calls)
@@ -149,23 +165,30 @@ class Received:
     def reply(self, model: str, provider: str, usage: Usage, cost: Decimal | None) -> Reply:
         signatures = [block["signature"] for block in self.blocks if block.get("signature")]
         calls = self.tool_calls()
+        # Some providers end a reply with "stop" whatever is in it; litellm corrects that, of a stream not always.
+        finish_reason = "tool_calls" if calls and self.finish_reason == "stop" else self.finish_reason
         return Reply(
-            content=storable("".join(self.content)) or None,
+            content=storable(self._text()) or None,
             thinking=storable("".join(self.thinking)) or None,
             thinking_signature=signatures[-1] if signatures else None,
             tool_calls=calls,
             message=_storable_throughout(self._message(calls)),
             usage=usage,
             cost=cost,
-            finish_reason=self.finish_reason,
+            finish_reason=finish_reason,
             model=model,
             provider=provider,
             provider_request_id=self.request_id,
+            attachments=tuple(self.made.attachments()),
         )
+
+    def _text(self) -> str:
+        """What the model said: written, or spoken."""
+        return "".join(self.content) or self.made.transcript
 
     def _message(self, calls: tuple[ToolCall, ...]) -> Message:
         """The assistant message as litellm wants it back."""
-        message: Message = {"role": "assistant", "content": "".join(self.content) or None}
+        message: Message = {"role": "assistant", "content": self._text() or None}
         signed = [block for block in self.blocks if block.get("type") != "thinking" or block.get("signature")]
         if signed:
             message["thinking_blocks"] = signed
@@ -192,6 +215,8 @@ def _storable_throughout(value: Any) -> Any:
         return storable(value)
     if isinstance(value, dict):
         return {name: _storable_throughout(item) for name, item in value.items()}
+    if hasattr(value, "model_dump"):
+        return _storable_throughout(value.model_dump(mode="json"))
     return [_storable_throughout(item) for item in value] if isinstance(value, list) else value
 
 
@@ -248,7 +273,9 @@ def _fresh_id(wanted: str, taken: set[str]) -> str:
 
 def _merge(into: dict[str, Any], name: str, value: Any) -> None:
     """Add a piece of a provider's own field: lists grow, what is said again replaces what was said before."""
-    if isinstance(value, list) and isinstance(into.get(name), list):
-        into[name] = into[name] + value
+    known = into.get(name)
+    if isinstance(value, list) and isinstance(known, list):
+        # Some lists come in pieces, some from their beginning each time.
+        into[name] = value if value[: len(known)] == known else known + value
     elif value is not None:
         into[name] = value

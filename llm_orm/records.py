@@ -131,7 +131,10 @@ class LlmMessage(Record):
     """pending: a turn is running; incomplete: it was stopped; failed: it ended in an error; else completed."""
     content: Column[str | None] = column(pw.TextField(null=True))
     content_raw: Column[Any] = column(JSONField(null=True))
-    """Of an assistant row that is more than text: {"rounds": [assistant message, …]}, as the model is to see them."""
+    """Of an assistant row that is more than text: {"rounds": [assistant message, …]}, as the model is to see them.
+
+    Of a user row that files came with: {"attachments": n}, how many rows of LlmAttachment it has.
+    """
     thinking_text: Column[str | None] = column(pw.TextField(null=True))
     thinking_signature: Column[str | None] = column(pw.TextField(null=True))
     thinking_tokens: Column[int | None] = column(pw.IntegerField(null=True))
@@ -145,6 +148,23 @@ class LlmMessage(Record):
     created_at: Column[datetime] = column(TimeField(default=now))
     updated_at: Column[datetime] = column(TimeField(default=now))
     """Of a pending row: the last sign of life of the process that works on it."""
+    parked_at: Column[datetime | None] = column(TimeField(null=True))
+    """Of a pending row: when its turn was parked to wait for tool calls to be approved; NULL while the turn runs."""
+    cancelled_at: Column[datetime | None] = column(TimeField(null=True))
+    """Of a pending row: when somebody asked for the turn to be stopped."""
+
+    reply_schema: Any = None
+    """What a reply must be, as the chat that it was read from says: not a column."""
+
+    @property
+    def parsed(self) -> Any:
+        """The reply as the chat's schema has it: an instance of its pydantic model, or JSON; None where it is none."""
+        if self.reply_schema is None or self.role != "assistant" or self.status != "completed":
+            return None
+        try:
+            return self.reply_schema.parse(self.content or "")
+        except ValueError:
+            return None  # said before there was a schema
 
     checks = (
         one_of("role", ("user", "assistant", "system", "tool")),
@@ -181,13 +201,18 @@ class LlmToolCall(Record):
     """The text that the model is shown."""
     status: Column[str] = column(pw.TextField(default="pending"))
     """pending: asked for, not started; running: started; completed; failed; rejected: a person said no."""
+    approval: Column[str | None] = column(pw.TextField(null=True))
+    """required: a person must approve or deny it before it runs; approved; denied; NULL: it needs nobody's approval."""
     error: Column[str | None] = column(pw.TextField(null=True))
     duration_ms: Column[int | None] = column(pw.IntegerField(null=True))
     metadata: Column[Any] = column(JSONField(null=True))
     created_at: Column[datetime] = column(TimeField(default=now))
     finished_at: Column[datetime | None] = column(TimeField(null=True))
 
-    checks = (one_of("status", ("pending", "running", "completed", "failed", "rejected")),)
+    checks = (
+        one_of("status", ("pending", "running", "completed", "failed", "rejected")),
+        one_of("approval", ("required", "approved", "denied")),
+    )
     unique = (("message", "tool_call_id"),)
     indexes = (("chat", "turn_id"), ("created_at",))
 
@@ -230,6 +255,7 @@ class LlmRequest(Record):
     cost: Column[Decimal | None] = column(MoneyField(null=True))
     """NULL: unknown. Never 0 for that."""
     correction_rounds: Column[int | None] = column(pw.IntegerField(null=True))
+    """How often the turn had been sent back for correction when this call was made; NULL: never."""
     provider_request_id: Column[str | None] = column(pw.TextField(null=True))
     created_at: Column[datetime] = column(TimeField(default=now))
 
@@ -242,9 +268,11 @@ class LlmAgentSession(Record):
 
     id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
     agent_class: Column[str] = column(pw.TextField())
+    """The agent's name: its `agent_name`, else the name of its class."""
     chat: Column[Any] = column(pw.ForeignKeyField(LlmChat, on_delete="CASCADE", backref="agent_sessions", unique=True))
     chat_id: Column[UUID]
     metadata: Column[Any] = column(JSONField(null=True))
+    """The session's inputs: {"customer": "c_1", …}."""
     created_at: Column[datetime] = column(TimeField(default=now))
     updated_at: Column[datetime] = column(TimeField(default=now))
 
@@ -266,7 +294,9 @@ class LlmAttachment(Record):
     """Bytes."""
     sha256: Column[str] = column(pw.TextField())
     content: Column[bytes | None] = column(pw.BlobField(null=True))
+    """NULL where store_files=False, and where only an address was given."""
     url: Column[str | None] = column(pw.TextField(null=True))
+    """The address that was given in the place of the file."""
 
     unique = (("message", "position"),)
 

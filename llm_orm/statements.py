@@ -7,7 +7,8 @@ from uuid import UUID
 
 import peewee as pw
 
-from .records import JSONField, Record, Records, now
+from .records import JSONField, Record, Records, now, uuid7
+from .values import Attachment
 
 
 class Sql(NamedTuple):
@@ -69,9 +70,20 @@ class Statements:
             )
         return Sql(self._texts[key], tuple(params + more))
 
-    def delete(self, record: type[Record], **where: Any) -> Sql:
+    def delete(self, record: type[Record], *, returning: str | None = None, **where: Any) -> Sql:
         conditions, params = self._values(record, where)
-        return Sql(f"DELETE FROM {_table(record)} WHERE {_all_of(where, conditions)}", tuple(params))
+        text = f"DELETE FROM {_table(record)} WHERE {_all_of(where, conditions)}"
+        return Sql(f"{text} RETURNING {returning}" if returning else text, tuple(params))
+
+    def insert_files(self, message_id: UUID, files: Sequence[Attachment], first: int = 0) -> list[Sql]:
+        """The rows of the files of a message, from a position on."""
+        names = ("media_type", "filename", "size", "sha256", "content", "url")
+        rows = [
+            {"id": uuid7(), "message_id": message_id, "position": position}
+            | {name: getattr(file, name) for name in names}
+            for position, file in enumerate(files, first)
+        ]
+        return [self.insert(self.records.attachment, *rows)] if rows else []
 
     def interrupt_tool_calls(self, **message: Any) -> Sql:
         """Say of a message's calls that will not be finished that they were not."""
@@ -91,7 +103,77 @@ class Statements:
             (now().isoformat(" ", "microseconds"), *(message_id.hex for message_id in message_ids)),
         )
 
+    def park(self, message_id: UUID, tool_call_ids: Sequence[str]) -> tuple[Sql, Sql]:
+        """Let a turn wait for its calls to be approved; the second tells whether it is still there to wait."""
+        record, time = self.records.message, now()
+        calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)
+        asked = Sql(
+            f"UPDATE {_table(self.records.tool_call)} SET approval = 'required' WHERE {calls.text}", calls.params
+        )
+        parked = {"parked_at": time, "updated_at": time}
+        return asked, self.update(record, parked, returning="id", id=message_id, status="pending")
+
+    def start_tool_calls(self, message_id: UUID, tool_call_ids: Sequence[str]) -> Sql:
+        calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)
+        return Sql(f"UPDATE {_table(self.records.tool_call)} SET status = 'running' WHERE {calls.text}", calls.params)
+
+    def reject_tool_calls(self, message_id: UUID, tool_call_ids: Sequence[str], result: str, error: str) -> Sql:
+        calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)
+        return Sql(
+            f"UPDATE {_table(self.records.tool_call)} SET status = 'rejected', result = {self.param}, "
+            f"error = {self.param}, finished_at = {self.param} WHERE {calls.text}",
+            (result, error, now().isoformat(" ", "microseconds"), *calls.params),
+        )
+
+    def _where_in(self, where: Mapping[str, Any], column: str, values: Sequence[Any]) -> Sql:
+        conditions, params = self._values(self.records.tool_call, where)
+        marks = ", ".join([self.param] * len(values))
+        return Sql(f"{_all_of(where, conditions)} AND {column} IN ({marks})", (*params, *values))
+
     # Reading
+
+    def cancelled(self, message_ids: Sequence[UUID]) -> Sql:
+        """(id) of those that somebody wants to end."""
+        marks = ", ".join([self.param] * len(message_ids))
+        return Sql(
+            f"SELECT id FROM {_table(self.records.message)} WHERE id IN ({marks}) AND cancelled_at IS NOT NULL",
+            tuple(message_id.hex for message_id in message_ids),
+        )
+
+    def attachments(self, message_ids: Sequence[UUID]) -> Sql:
+        """(message_id, media_type, filename, content, url, size, sha256) in order."""
+        marks = ", ".join([self.param] * len(message_ids))
+        return Sql(
+            "SELECT message_id, media_type, filename, content, url, size, sha256 "
+            f"FROM {_table(self.records.attachment)} WHERE message_id IN ({marks}) ORDER BY message_id, position",
+            tuple(message_id.hex for message_id in message_ids),
+        )
+
+    def tool_calls_of(self, message_id: UUID) -> Sql:
+        """(tool_call_id, name, arguments, thought_signature, round, status, approval, result, turn_id) in order."""
+        return Sql(
+            "SELECT tool_call_id, name, arguments, thought_signature, round, status, approval, result, turn_id "
+            f"FROM {_table(self.records.tool_call)} WHERE message_id = {self.param} ORDER BY round, position",
+            (message_id.hex,),
+        )
+
+    def unfinished_turn(self, chat_id: UUID) -> Sql:
+        """(id, position, parked_at, updated_at, content, content_raw, provider, created_at, and four token counts) of
+        the message that a turn is working on, or was."""
+        return Sql(
+            "SELECT id, position, parked_at, updated_at, content, content_raw, provider, created_at, "
+            "input_tokens, output_tokens, cached_tokens, thinking_tokens "
+            f"FROM {_table(self.records.message)} WHERE chat_id = {self.param} AND status = 'pending'",
+            (chat_id.hex,),
+        )
+
+    def message_at(self, chat_id: UUID, position: int) -> Sql:
+        """(id, role, status)"""
+        return Sql(
+            f"SELECT id, role, status FROM {_table(self.records.message)} "
+            f"WHERE chat_id = {self.param} AND position = {self.param}",
+            (chat_id.hex, position),
+        )
 
     def messages_after(self, chat_id: UUID, position: int) -> Sql:
         """(id, position, role, status, content, content_raw, provider) in order."""
@@ -112,9 +194,9 @@ class Statements:
         )
 
     def pending_message(self, chat_id: UUID) -> Sql:
-        """(id, updated_at) of the message that a turn is working on."""
+        """(id, updated_at, parked_at) of the message that a turn is working on."""
         return Sql(
-            f"SELECT id, updated_at FROM {_table(self.records.message)} "
+            f"SELECT id, updated_at, parked_at FROM {_table(self.records.message)} "
             f"WHERE chat_id = {self.param} AND status = 'pending'",
             (chat_id.hex,),
         )

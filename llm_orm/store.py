@@ -9,7 +9,7 @@ import contextvars
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,8 +37,10 @@ from .errors import (
     UnknownKeyword,
 )
 from .heart import Heart
+from .middleware import check_middleware
 from .records import BASES, Record, Records, default_table_names, records_for
 from .statements import Sql, Statements
+from .values import as_uuid
 
 T = TypeVar("T")
 
@@ -49,16 +51,25 @@ class Store:
     database    the peewee Database; yours to query with
     records     the record classes tied to it: .chat, .message, .tool_call, .request, .agent_session, .attachment
     llm         what chats call models with, unless they say otherwise; None for litellm
+    middlewares what is put around every call of its chats, before their own
     """
 
     def __init__(
-        self, database: pw.Database, records: Records, *, llm: Any = None, threads: int = 10, is_ours: bool = False
+        self,
+        database: pw.Database,
+        records: Records,
+        *,
+        llm: Any = None,
+        middlewares: Iterable[Any] = (),
+        threads: int = 10,
+        is_ours: bool = False,
     ):
         self.database = database
         self.records = records
         self.llm = llm
+        self.middlewares = tuple(map(check_middleware, middlewares))
         self.statements = Statements(records, database)
-        self.heart = Heart(self._beat)
+        self.heart = Heart(self._beat, self._cancelled)
         self.is_sqlite = isinstance(database, pw.SqliteDatabase)
         self._is_closed = False
         self._is_ours = is_ours
@@ -67,6 +78,11 @@ class Store:
 
     def __repr__(self) -> str:
         return f"<Store {described(self.database)}>"
+
+    def use(self, *middlewares: Any) -> "Store":
+        """Put middlewares around the turns of every chat of this store, from their next turn on."""
+        self.middlewares = (*self.middlewares, *map(check_middleware, middlewares))
+        return self
 
     # The shape of the database
 
@@ -214,6 +230,9 @@ class Store:
     def _beat(self, message_ids: list[Any]) -> None:
         self.transact(self.statements.beat(message_ids))
 
+    def _cancelled(self, message_ids: list[Any]) -> list[Any]:
+        return [as_uuid(row[0]) for row in self.read(self.statements.cancelled(message_ids))]
+
     def _translated(self, error: Exception) -> LlmOrmError | None:
         text = without_password(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         if isinstance(error, MaxConnectionsExceeded):
@@ -253,6 +272,7 @@ def connect(
     chat_fields: Mapping[str, pw.Field] | None = None,
     models: Mapping[str, type[Record]] | list[type[Record]] | None = None,
     llm: Any = None,
+    middlewares: Iterable[Any] = (),
     pool_size: int = 10,
     pool_timeout: float = 30.0,
     pragmas: Mapping[str, Any] | None = None,
@@ -268,6 +288,7 @@ def connect(
     chat_fields    the application's own columns of the chat: {"user_id": TextField(null=True, index=True)}
     models         the application's own subclasses of the records, as `llm-orm init --models` writes them
     llm            what to call models with: anything with completion() and acompletion(); default litellm
+    middlewares    what is put around every call of its chats: `Middleware` objects
     pool_size      connections at the most
     pool_timeout   seconds to wait for one of them; 0: not at all
     pragmas        of SQLite, over ours: {"synchronous": "normal"}
@@ -294,7 +315,7 @@ def connect(
     else:
         opened = application_database(database)
     records = records_for(opened, names, chat_fields, bases)
-    return Store(opened, records, llm=llm, threads=pool_size, is_ours=is_ours)
+    return Store(opened, records, llm=llm, middlewares=middlewares, threads=pool_size, is_ours=is_ours)
 
 
 _stores: dict[str | pw.Database, Store] = {}

@@ -19,7 +19,7 @@ import pydantic
 import pydantic_core
 
 from .errors import InvalidValue, ToolError
-from .values import ToolCall, ToolOutcome, storable
+from .values import Halt, ToolCall, ToolOutcome, storable
 
 log = logging.getLogger("llm_orm")
 
@@ -56,13 +56,17 @@ class Tool:
     Parameters     a pydantic model of the arguments, whose fields `execute` gets as keywords; default: made of the
                    annotations of `execute`
     idempotent     whether it may run a second time when it is not known whether it ran
-    execute        plain or async; returns a string, or anything that pydantic can write as JSON
+    requires_approval
+                   whether the turn waits for a person before it runs: True, or a method that says so of the arguments
+                   (a dict)
+    execute        plain or async; returns a string, anything that pydantic can write as JSON, or a `Halt`
     """
 
     name: str = ""
     description: str = ""
     Parameters: ClassVar[type[pydantic.BaseModel]]
     idempotent: bool = False
+    requires_approval: Any = False
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -98,8 +102,16 @@ class Tool:
 class FunctionTool(Tool):
     """A tool made of a function; still callable as the function."""
 
-    def __init__(self, function: Callable[..., Any], name: str | None, description: str | None, idempotent: bool):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None,
+        description: str | None,
+        idempotent: bool,
+        requires_approval: bool | Callable[[dict[str, Any]], Any],
+    ):
         self.execute = function
+        self.requires_approval = requires_approval
         self.name = name or function.__name__
         self.description = description or inspect.getdoc(function) or ""
         self.idempotent = idempotent
@@ -115,7 +127,11 @@ class FunctionTool(Tool):
 def tool(function: Callable[..., Any]) -> FunctionTool: ...
 @overload
 def tool(
-    *, name: str | None = None, description: str | None = None, idempotent: bool = False
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    idempotent: bool = False,
+    requires_approval: bool | Callable[[dict[str, Any]], Any] = False,
 ) -> Callable[[Callable[..., Any]], FunctionTool]: ...
 def tool(
     function: Callable[..., Any] | None = None,
@@ -123,6 +139,7 @@ def tool(
     name: str | None = None,
     description: str | None = None,
     idempotent: bool = False,
+    requires_approval: bool | Callable[[dict[str, Any]], Any] = False,
 ) -> Any:
     """Make a tool of a typed function: its annotations become the schema, its docstring the description.
 
@@ -130,12 +147,16 @@ def tool(
     ... def get_weather(city: str, unit: Literal["c", "f"] = "c") -> dict:
     ...     "Current weather in a city."
 
+    idempotent           whether it may run a second time when it is not known whether it ran
+    requires_approval    whether the turn waits for `chat.approve()` or `chat.deny()` before it runs: True, or a
+                         function of the arguments (a dict) that says so
+
     A parameter annotated `ToolContext` gets the chat's id, the call's id and the chat's metadata.
     Raises `InvalidValue` for a function whose parameters pydantic cannot describe.
     """
 
     def make(function: Callable[..., Any]) -> FunctionTool:
-        return FunctionTool(function, name, description, idempotent)
+        return FunctionTool(function, name, description, idempotent, requires_approval)
 
     return make(function) if function is not None else make
 
@@ -155,6 +176,20 @@ class Toolbox:
     def async_tools(self) -> list[str]:
         return [name for name, made in self.by_name.items() if made.is_async]
 
+    def approval_of(self, call: ToolCall) -> bool | Callable[[dict[str, Any]], Any]:
+        """Whether a person must approve the call, or the function of the application that knows."""
+        made = self.by_name.get(call.name)
+        wanted = getattr(made, "requires_approval", False)
+        return wanted if callable(wanted) else bool(wanted)
+
+    @property
+    def asks_for_approval(self) -> bool:
+        return any(made.requires_approval for made in self.by_name.values())
+
+    def is_idempotent(self, call: ToolCall) -> bool:
+        made = self.by_name.get(call.name)
+        return made is not None and made.idempotent
+
     def is_async(self, call: ToolCall) -> bool:
         made = self.by_name.get(call.name)
         return made is not None and made.is_async
@@ -164,17 +199,18 @@ class Toolbox:
         started = time.perf_counter()
         try:
             made, keywords = self._prepare(call, context)
-            result = _as_text(call, made.execute(**keywords))
+            result = made.execute(**keywords)
+            return _outcome(call, result, started)
         except Exception as error:
             return self._failed(call, error, started)
-        return ToolOutcome(call, result, duration_ms=_milliseconds_since(started))
 
     async def arun(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
         """Run a call of an async tool."""
         started = time.perf_counter()
         try:
             made, keywords = self._prepare(call, context)
-            result = _as_text(call, await made.execute(**keywords))
+            result = await made.execute(**keywords)
+            return _outcome(call, result, started)
         except Exception as error:
             return self._failed(call, error, started)
         except asyncio.CancelledError as error:
@@ -183,7 +219,6 @@ class Toolbox:
                 raise
             # Something that the tool waited for was cancelled, not the turn.
             return self._failed(call, RuntimeError(f"cancelled: {error}"), started)
-        return ToolOutcome(call, result, duration_ms=_milliseconds_since(started))
 
     def _prepare(self, call: ToolCall, context: ToolContext) -> tuple[Tool, dict[str, Any]]:
         made = self.by_name.get(call.name)
@@ -211,7 +246,8 @@ class Toolbox:
             status="failed",
             error=storable(str(error) if known else f"{type(error).__name__}: {error}"),
             duration_ms=_milliseconds_since(started),
-            fatal=error if isinstance(error, ToolError) and error.fatal else None,
+            fatal=error if _is_fatal(error) else None,
+            exception=error,
         )
 
 
@@ -225,6 +261,21 @@ class _InvalidArguments(Exception):
 
 class _NoResult(Exception):
     pass
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether it ends the turn: the tool said so, or it has no right to what it needs, which no model can mend."""
+    if isinstance(error, ToolError):
+        return error.fatal
+    response = getattr(error, "response", None)
+    statuses = (getattr(owner, name, None) for owner in (error, response) for name in ("status_code", "status"))
+    return any(status in (401, 403) for status in statuses)
+
+
+def _outcome(call: ToolCall, result: Any, started: float) -> ToolOutcome:
+    halts = isinstance(result, Halt)
+    text = _as_text(call, result.text if isinstance(result, Halt) else result)
+    return ToolOutcome(call, text, duration_ms=_milliseconds_since(started), halts=halts)
 
 
 def _as_text(call: ToolCall, result: Any) -> str:

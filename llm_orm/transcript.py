@@ -1,12 +1,12 @@
 """Rows → the messages a model is shown."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from .values import Message
+from .attachments import message_content, replayed_images
+from .values import Attachment, Message, as_json, as_uuid
 
 History = int | Callable[[list[Message]], list[Message]] | None
 """What of the earlier messages is sent: the last n turns, what a function leaves of them, or all."""
@@ -28,22 +28,38 @@ class Transcript:
         while self.position >= position:
             self._rows.pop()
 
-    def add(self, rows: Sequence[tuple], results: Callable[[list[UUID]], Mapping[tuple[UUID, str], str]]) -> None:
+    def add(
+        self,
+        rows: Sequence[tuple],
+        results: Callable[[list[UUID]], Mapping[tuple[UUID, str], str]],
+        attachments: Callable[[list[UUID]], Mapping[UUID, list[Attachment]]] = lambda message_ids: {},
+    ) -> None:
         """Add rows (id, position, role, status, content, content_raw, provider), in order; pending ones wait.
 
         They replace what was known from their first position on.
 
-        results    looks up the results of tool calls, by (message id, tool call id)
+        results        looks up the results of tool calls, by (message id, tool call id)
+        attachments    looks up the files of messages
         """
         self.rewind(rows[0][1])
-        settled = list(itertools.takewhile(lambda row: row[3] != "pending", rows))
-        with_tools = [as_uuid(row[0]) for row in settled if row[5] and row[2] == "assistant"]
+        settled = [
+            (as_uuid(row_id), position, role, content, as_json(raw), provider)
+            for row_id, position, role, _, content, raw, provider in itertools.takewhile(_is_settled, rows)
+        ]
+        with_tools = [row_id for row_id, _, role, _, raw, _ in settled if raw and role == "assistant"]
         known = results(with_tools) if with_tools else {}
-        for row_id, position, role, _, content, raw, provider in settled:
+        with_files = [row_id for row_id, _, _, _, raw, _ in settled if raw and raw.get("attachments")]
+        files = attachments(with_files) if with_files else {}
+        for row_id, position, role, content, raw, provider in settled:
+            own = files.get(row_id, [])
             if role == "assistant":
-                messages = assistant_messages(as_uuid(row_id), content, as_json(raw), known)
+                messages = assistant_messages(row_id, content, raw, known)
+                if own:
+                    messages = _with_images(messages, own)
+            elif content is None and not own:
+                messages = []
             else:
-                messages = [{"role": role, "content": content}] if content is not None else []
+                messages = [{"role": role, "content": message_content(content or "", own)}]
             self._rows.append((position, provider, messages))
 
     def shown(self, instructions: str | None, history: History = None, provider: str | None = None) -> list[Message]:
@@ -52,14 +68,25 @@ class Transcript:
         provider    who is called: what another provider wrote is shown without that provider's own fields
         """
         everything = [
-            message if not provider or not writer or writer == provider else _without_provider_fields(message)
-            for _, writer, messages in self._rows
-            for message in messages
+            as_shown_to(provider, writer, message) for _, writer, messages in self._rows for message in messages
         ]
         # The last one is the question.
         chosen = [*limited(everything[:-1], history), *everything[-1:]]
-        messages = [_copied(message) for message in chosen]
+        messages = [copied(message) for message in chosen]
         return [{"role": "system", "content": instructions}, *messages] if instructions else messages
+
+    def asked(
+        self, instructions: str | None, history: History, text: str, files: Sequence[Attachment] = ()
+    ) -> list[Message]:
+        """What `shown` would be once this was said."""
+        everything = [message for _, _, messages in self._rows for message in messages]
+        system = [{"role": "system", "content": instructions}] if instructions else []
+        question = [{"role": "user", "content": message_content(text, files)}] if text or files else []
+        return [*system, *limited(everything, history), *question]
+
+
+def _is_settled(row: tuple) -> bool:
+    return row[3] != "pending"
 
 
 def assistant_messages(
@@ -85,6 +112,15 @@ def assistant_messages(
     return messages
 
 
+def _with_images(messages: list[Message], files: list[Attachment]) -> list[Message]:
+    """The messages with the pictures that the model made, which it is shown again where its provider takes them."""
+    images = replayed_images(files)
+    if not images:
+        return messages
+    *before, last = messages or [{"role": "assistant", "content": None}]
+    return [*before, {**last, "images": images}]
+
+
 def tool_messages(ids: Iterable[str], results: Iterable[str | None]) -> list[Message]:
     pairs = zip(ids, results, strict=True)
     return [{"role": "tool", "tool_call_id": call_id, "content": result} for call_id, result in pairs]
@@ -95,7 +131,7 @@ def limited(messages: list[Message], history: History) -> list[Message]:
     if history is None:
         return messages
     if callable(history):
-        return whole_rounds(history([_copied(message) for message in messages]))
+        return whole_rounds(history([copied(message) for message in messages]))
     starts = [0, *(index for index, message in enumerate(messages) if message["role"] == "user"), len(messages)]
     start = starts[max(-(history + 1), -len(starts))]
     return [message for index, message in enumerate(messages) if index >= start or message["role"] == "system"]
@@ -116,8 +152,13 @@ def whole_rounds(messages: list[Message]) -> list[Message]:
     return whole
 
 
-PROVIDER_FIELDS = ("thinking_blocks", "reasoning_content", "provider_specific_fields")
-"""Thinking and its signatures: no provider accepts another's."""
+PROVIDER_FIELDS = ("thinking_blocks", "reasoning_content", "provider_specific_fields", "images")
+"""Thinking and its signatures, and pictures of its own: no provider accepts another's."""
+
+
+def as_shown_to(provider: str | None, writer: str | None, message: Message) -> Message:
+    """The message as the provider takes it: of what another wrote, without that one's own fields."""
+    return message if not provider or not writer or writer == provider else _without_provider_fields(message)
 
 
 def _without_provider_fields(message: Message) -> Message:
@@ -132,9 +173,10 @@ def _without_provider_fields(message: Message) -> Message:
     return plain
 
 
-def _copied(message: Message) -> Message:
+def copied(message: Message) -> Message:
     """A copy that the model's library may write into."""
-    return dict(message) if len(message) == 2 else _deep_copied(message)
+    is_plain = len(message) == 2 and not isinstance(message["content"], list)
+    return dict(message) if is_plain else _deep_copied(message)
 
 
 def _deep_copied(value: Any) -> Any:
@@ -142,12 +184,3 @@ def _deep_copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _deep_copied(item) for name, item in value.items()}
     return [_deep_copied(item) for item in value] if isinstance(value, list) else value
-
-
-def as_json(value: Any) -> Any:
-    """JSON as SQLite (text) or PostgreSQL (already read) gave it."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def as_uuid(value: Any) -> UUID:
-    return value if isinstance(value, UUID) else UUID(value)

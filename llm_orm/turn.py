@@ -1,46 +1,57 @@
 """One turn of a chat, in order, as a generator.
 
 `Turn.run()` reads and writes the database itself, in short steps, and *yields* what has to happen outside of it:
-`CallModel`, `RunTools`, `CallHook`, `Wait`. `play.py` performs what is yielded and sends back how it went. No
+`CallModel`, `RunTools`, `CallHook`, `Show`, `Wait`. `play.py` performs what is yielded and sends back how it went. No
 transaction is open across a yield, and the rows alone say what is to be done next.
 """
 
-import copy
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-from uuid import UUID
 
-import peewee as pw
-
+from .attachments import message_content
+from .claim import Claim, Progress, Said, Start, Wait
 from .errors import (
-    ChatBusy,
     ChatGone,
-    NothingToRetry,
+    CorrectionsExceeded,
+    InvalidReply,
+    InvalidValue,
     ReplyNotSaved,
-    TablesMissing,
+    StoppedByMiddleware,
     ToolRoundsExceeded,
-    WrongSetup,
+    TurnCancelled,
 )
-from .options import Options
-from .records import LlmMessage, TimeField, now, uuid7
-from .statements import Sql
+from .middleware import methods_of
+from .options import Candidate, Setting
+from .records import LlmMessage
+from .rows import Attempt, Rows
 from .store import Store
 from .tools import ToolContext
-from .transcript import Transcript, as_uuid
-from .values import Answer, Message, ModelRequest, Reply, ToolCall, ToolOutcome, Usage
+from .transcript import Transcript, as_shown_to, copied
+from .values import (
+    CONTINUE,
+    REPLACE,
+    RETRY,
+    STOP,
+    Answer,
+    Chunk,
+    Directive,
+    Message,
+    ModelRequest,
+    Reply,
+    ToolCall,
+    ToolOutcome,
+    TurnContext,
+    Verdict,
+)
 
 log = logging.getLogger("llm_orm")
 
-POLL_EVERY_S = 0.05
-"""How often a caller who waits for a busy chat looks again."""
-
-MOST_TRIES = 5
-"""How often a claim is tried again at once, where nobody is seen in its way."""
+MOST_CORRECTIONS = 20
+"""How often middlewares may send the model back in one turn: a bound for those that have none of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,515 +77,518 @@ class CallHook:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
-    seconds: float
+class Show:
+    """Shows the reader of a stream a chunk that no model sent."""
+
+    chunk: Chunk
 
 
-Effect = CallModel | RunTools | CallHook | Wait
+Effect = CallModel | RunTools | CallHook | Show | Wait
 Flow = Generator[Effect, Any, LlmMessage]
-
-Hooks = Mapping[str, tuple[Callable[..., Any], ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """All that a turn needs to know of its chat."""
-
-    chat_id: UUID
-    model: str
-    provider: str | None
-    instructions: str | None
-    metadata: Any
-    options: Options
-    hooks: Hooks
-    llm: Any
-    answering_provider: str
-    """The provider that will be called: the one named, or the one that the model belongs to."""
 
 
 @dataclass
 class Turn:
-    """A turn in progress. `text` is what the user says; None answers the last message that was left unanswered."""
+    """A turn in progress."""
 
     store: Store
     setting: Setting
     transcript: Transcript
-    text: str | None
+    start: Start
     stream: bool = False
+    stop: Callable[[], None] = lambda: None
+    """What makes the turn end, called from another thread; whoever performs it says how."""
 
-    message_id: UUID = field(default_factory=uuid7)
-    """The assistant message, from placeholder to reply."""
-    turn_id: UUID = field(default_factory=uuid7)
-    """The user message."""
-    position: int = -1
+    number: int = 0
+    """Which call of the model comes next, from 0."""
+    tool_rounds: int = 0
+    is_asking: bool = False
+    """Whether it is a call of the model that the turn is at."""
+    candidate: Candidate = field(init=False)
+    """The model that is called; another one once it has failed for good."""
+    said: list[tuple[str, Message]] = field(default_factory=list)
+    """What came after the question, each with the provider who wrote it."""
     messages: list[Message] = field(default_factory=list)
-    rounds: list[Message] = field(default_factory=list)
-    results: dict[str, str] = field(default_factory=dict)
+    """What the model is shown: the history, the question, and what came after it."""
     call_ids: set[str] = field(default_factory=set)
-    usage: Usage = Usage()
-    received: Reply | None = None
-    """What the model said last, whole or in part."""
-    request_id: UUID = field(default_factory=uuid7)
-    """Of the last call's row: written twice, where it is not known whether it was, it is there once."""
-    opened_at: datetime = field(default_factory=now)
-    is_settled: bool = False
-    unrecorded: tuple[Answer, int, int] | None = None
-    """A call whose request row is not known to be written: (answer, round, attempt)."""
-    replaces: tuple[UUID, int] | None = None
-    """The failed answer that gives way to this one, once there is one: (id, position)."""
+
+    def __post_init__(self) -> None:
+        self.rows = Rows(self.store, self.setting)
+        self.candidate = self.setting.candidates[0]
+        self.context = TurnContext(
+            chat_id=self.setting.chat_id,
+            turn_id=self.rows.turn_id,
+            metadata=self.setting.metadata,
+            model=self.candidate.model,
+            provider=self.candidate.answering_provider,
+            streamed=self.stream,
+            options=self.setting.options,
+            schema=self.setting.options.schema,
+        )
 
     def run(self) -> Flow:
-        rows = yield from self._claim()
+        claim = Claim(self.rows, self.start, self.transcript.position)
+        unread = yield from claim.take()
         try:
-            self._read(rows)
-            with self.store.heart.beating(self.message_id):
-                return (yield from self._converse())
+            self._read(unread)
+            with self.store.heart.beating(self.rows.message_id, self.stop):
+                return (yield from self._answer(claim.progress))
         except BaseException as error:
-            if not self.is_settled:
-                self._give_up(error)
+            if not self.rows.is_settled:
+                self.rows.give_up(error)
+                self._log("gave up: %s", type(error).__name__)
             raise
-
-    # The claim: the user's message and the placeholder, or ChatBusy
-
-    def _claim(self) -> Generator[Effect, Any, list[tuple]]:
-        waited, tries = 0.0, 0
-        while True:
-            try:
-                return self._open()
-            except pw.IntegrityError as error:
-                tries += 1
-                if self._make_room(error):
-                    if tries > MOST_TRIES:
-                        raise  # it is not another turn that is in the way
-                    continue
-                if waited >= self.setting.options.wait:
-                    raise self._busy() from error
-                pause = min(POLL_EVERY_S, self.setting.options.wait - waited)
-                waited, tries = waited + pause, 0
-                yield Wait(pause)
 
     def _read(self, rows: list[tuple]) -> None:
-        if len(rows) < 2 or as_uuid(rows[-2][0]) != self.turn_id:
+        turn = self.rows
+        if len(rows) < 2 or rows[-2][0] not in (turn.turn_id, turn.turn_id.hex):
             # The transcript knows the question already, or messages that were deleted since.
             rows = self.store.read(self.store.statements.messages_after(self.setting.chat_id, -1))
-        if self.replaces:
-            rows = [row for row in rows if as_uuid(row[0]) != self.replaces[0]]
-        self.position = rows[-1][1]
-        self.transcript.add(rows, self._tool_results)
-        setting = self.setting
-        self.messages = self.transcript.shown(setting.instructions, setting.options.history, setting.answering_provider)
-        self._log("opened at position %d, %d messages", self.position, len(self.messages))
+        if turn.replaces:
+            rows = [row for row in rows if row[0] not in (turn.replaces[0], turn.replaces[0].hex)]
+        turn.position = rows[-1][1]
+        self.context.turn_id = turn.turn_id
+        self.transcript.add(rows, turn.tool_results, turn.files)
+        self._compose()
+        self._log("opened at position %d, %d messages", turn.position, len(self.messages))
 
-    def _open(self) -> list[tuple]:
-        """Write the turn's first two rows and read what the transcript has not seen yet: one transaction."""
-        sql, chat_id = self.store.statements, self.setting.chat_id
-        self.opened_at = now()
-        written: list[Sql] = []
-        if self.text is None:
-            place = self._find_unanswered()
-        else:
-            place = sql.next_position(chat_id)
-            user = {"id": self.turn_id, "role": "user", "status": "completed", "content": self.text}
-            written.append(self._message(user, place))
-        placeholder = {"id": self.message_id, "role": "assistant", "status": "pending"}
-        unread = sql.messages_after(chat_id, self.transcript.position)
-        try:
-            return self.store.transact(*written, self._message(placeholder, place), unread)
-        except (pw.IntegrityError, WrongSetup):
-            raise
-        except BaseException as error:
-            # Broken off in the middle of it, the rows may be there.
-            if not getattr(error, "nothing_was_sent", False):
-                self._clear_placeholder(error, sql.delete(self.store.records.message, id=self.message_id))
-            raise
+    def _compose(self) -> None:
+        """Put together what the model that is called next is shown."""
+        setting, provider = self.setting, self.candidate.answering_provider
+        self.messages = self.transcript.shown(setting.instructions, setting.options.history, provider)
+        if isinstance(self.start, Said) and (self.start.files or setting.middlewares):
+            # The model gets what was said, also where less of it is kept.
+            content = message_content(self.start.text, self.start.files)
+            self.messages[-1] = {**self.messages[-1], "content": content}
+        self.messages += [copied(as_shown_to(provider, writer, message)) for writer, message in self.said]
 
-    def _message(self, values: dict[str, Any], position: Sql | int) -> Sql:
-        times = {"created_at": self.opened_at, "updated_at": self.opened_at}
-        row = {**values, "chat_id": self.setting.chat_id, "position": position, **times}
-        return self.store.statements.insert(self.store.records.message, row)
-
-    def _find_unanswered(self) -> int:
-        """Where the answer to the last user message goes; behind an answer that failed, until it takes its place.
-
-        The place is named, not computed anew: where another turn answers meanwhile, it is taken.
-        """
-        sql, chat_id = self.store.statements, self.setting.chat_id
-        last = self.store.read(sql.last_message(chat_id))
-        row_id, position, role, status = last[0] if last else (None, -1, None, None)
-        if role == "user":
-            self.turn_id, self.replaces = as_uuid(row_id), None
-            return position + 1
-        question = self.store.read(sql.turn_of(chat_id, position))
-        if role == "assistant" and status in ("failed", "incomplete") and question:
-            self.turn_id, self.replaces = as_uuid(question[0][0]), (as_uuid(row_id), position)
-            return position + 1
-        raise NothingToRetry(f"chat {chat_id} has no unanswered user message: use ask()")
-
-    def _make_room(self, error: pw.IntegrityError) -> bool:
-        """Find out why the claim failed; True where it may succeed now, False where another turn is running."""
-        sql, chat_id = self.store.statements, self.setting.chat_id
-        pending = self.store.read(sql.pending_message(chat_id))
-        if not pending:
-            if not self.store.read(sql.chat_exists(chat_id)):
-                raise ChatGone(f"there is no chat {chat_id}: it was deleted") from error
-            return True  # the other turn has ended meanwhile
-        message_id, seen = pending[0]
-        # The clocks of two machines differ: a sign of life from the future is one from now.
-        age = max((now() - TimeField().python_value(seen)).total_seconds(), 0.0)
-        if age < self.setting.options.stale_after:
-            return False
-        self._log("clearing a turn without a sign of life for %.1f s", age)
-        self._clear(as_uuid(message_id), seen)
-        return True
-
-    def _clear(self, message_id: UUID, seen: Any) -> None:
-        """End a dead turn as its process would have: by `on_error`. Where two try, one finds nothing left to do."""
-        sql = self.store.statements
-        where = {"id": message_id, "status": "pending", "updated_at": Sql(sql.param, (seen,))}
-        statements: list[Sql] = []
-        if self.setting.options.stores_tool_calls:
-            statements.append(sql.interrupt_tool_calls(**where))
-        if self.setting.options.on_error == "keep":
-            statements.append(sql.update(self.store.records.message, {"status": "incomplete"}, **where))
-        else:
-            statements.append(sql.delete(self.store.records.message, **where))
-        self.store.transact(*statements)
-
-    def _busy(self) -> ChatBusy:
-        return ChatBusy(
-            f"chat {self.setting.chat_id} is busy with another turn; wait=seconds waits for it; a stream of yours that "
-            "was left unread is a turn, too, until you close() it; a turn whose process died is cleared once it gave "
-            f"no sign of life for stale_after={self.setting.options.stale_after:g} seconds"
-        )
+    def _say(self, *messages: Message, writer: str = "") -> None:
+        """Add to what the model is shown on its next call."""
+        self.said += [(writer or self.candidate.answering_provider, message) for message in messages]
+        self.messages += [copied(message) for message in messages]
 
     # The conversation with the model: rounds of calls and tools, to the last word
 
-    def _converse(self) -> Generator[Effect, Any, LlmMessage]:
-        for number in itertools.count():
-            answer, attempt = yield from self._ask_model(number)
-            reply = answer.reply
-            if not reply.tool_calls:
-                message = self._finish(answer, number, attempt)
-                yield from self._call_hooks("after_response", reply)
-                return message
-            if number == self.setting.options.max_tool_calls:
-                self._record(answer, number, attempt)
-                yield from self._call_hooks("after_response", reply)
-                raise ToolRoundsExceeded(
-                    f"the model asked for tools {number + 1} times in one turn; max_tool_calls={number} allows {number}"
-                )
-            self._save_round(answer, number, attempt)
-            yield from self._call_hooks("after_response", reply)
-            yield from self._run_tools(number, reply.tool_calls)
-        raise AssertionError("unreachable")
+    def _answer(self, progress: Progress | None) -> Flow:
+        """The conversation, tried again or ended well where a middleware says so of what went wrong in it."""
+        while True:
+            try:
+                done = None if progress is None else (yield from self._go_on(progress))
+                return done if done is not None else (yield from self._converse())
+            except Exception as error:
+                if self.rows.is_settled or isinstance(error, TurnCancelled | ReplyNotSaved | ChatGone):
+                    raise
+                directive = yield from self._directive("on_error", error)
+                if isinstance(directive, REPLACE):
+                    return (yield from self._end_with(_text_of(directive), taking_back=self.rows.received is not None))
+                if not isinstance(directive, RETRY) or not self.is_asking:
+                    raise
+                yield from self._send_back(directive.message, self.rows.received)
+                progress = None
 
-    def _ask_model(self, number: int) -> Generator[Effect, Any, tuple[Answer, int]]:
-        """One call of the model, tried again while that may help. Every attempt leaves its request row."""
-        options = self.setting.options
-        for attempt in itertools.count(1):
-            yield from self._call_hooks("before_request", self.messages)
-            answer: Answer = yield CallModel(
-                ModelRequest(
-                    llm=self.setting.llm,
-                    model=self.setting.model,
-                    provider=self.setting.provider,
-                    messages=self.messages,
-                    options=options.for_completion(),
-                    stream=self.stream,
-                    taken_call_ids=frozenset(self.call_ids),
-                )
+    def _converse(self) -> Flow:
+        while True:
+            self.is_asking = True
+            reply = yield from self._ask_model()
+            self.is_asking = False
+            number, self.number = self.number, self.number + 1
+            if reply.tool_calls:
+                done = yield from self._use_tools(reply, number)
+            else:
+                done = yield from self._last_word(reply)
+            if done is not None:
+                return done
+
+    def _last_word(self, reply: Reply) -> Generator[Effect, Any, LlmMessage | None]:
+        """Make a reply that asks for nothing the turn's; None where the model was sent back."""
+        if self._is_watched:
+            self.rows.save(reply, (), self.number, 0)
+            try:
+                reviewed, directive = yield from self._review(reply)
+            except BaseException:
+                self.rows.finish(reply)  # a reply that was complete stays
+                raise
+            if isinstance(directive, RETRY):
+                yield from self._send_back(directive.message, reply)
+                return None
+            self._check_not_stopped(directive)
+            if reviewed is not reply:
+                return (yield from self._end_with_reply(reviewed))
+        self._check_schema(reply)
+        message = self.rows.finish(reply)
+        yield from self._call_hooks("on_end_message", message)
+        return message
+
+    def _use_tools(self, reply: Reply, number: int) -> Generator[Effect, Any, LlmMessage | None]:
+        """Run what the model asks for; the message, where the turn ends with it."""
+        calls = reply.tool_calls
+        limit = self.setting.options.max_tool_calls
+        if self.tool_rounds == limit:
+            self.rows.record()
+            yield from self._review(reply)
+            raise ToolRoundsExceeded(
+                f"the model asked for tools {limit + 1} times in one turn; max_tool_calls={limit} allows {limit}"
             )
-            self._log("round %d, attempt %d: %s", number, attempt, answer.status_code)
-            self.usage = _sum(self.usage, answer.reply.usage)
-            self.received, self.request_id = answer.reply, uuid7()
-            self.unrecorded = (answer, number, attempt)
+        self.tool_rounds += 1
+        at_once = 0 if self._is_watched or self._may_stand_in_the_way else self.setting.options.tool_concurrency
+        self.rows.save(reply, calls, number, at_once)
+        self._say(reply.message, writer=reply.provider)
+        self.call_ids |= {call.id for call in calls}
+        if self._is_watched:
+            reviewed, directive = yield from self._review(reply)
+            if isinstance(directive, RETRY):
+                self.rows.reject(calls, directive.message or "Not run.", "a middleware sent the model back")
+                self._correct()
+                self._say_results(calls)
+                return None
+            self._check_not_stopped(directive)
+            if reviewed is not reply:
+                self.rows.reject(calls, "Not run.", "a middleware put another reply in its place")
+                return (yield from self._end_with_reply(reviewed))
+        return (yield from self._run_round(calls, already_started=at_once))
+
+    def _run_round(
+        self, calls: Sequence[ToolCall], approved: frozenset[str] = frozenset(), already_started: int = 0
+    ) -> Generator[Effect, Any, LlmMessage | None]:
+        """Run the calls of a round that have no result yet; the message, where the turn ends or waits with it."""
+        awaiting, runnable = [], []
+        for call in calls:
+            if call.id not in self.rows.results:
+                waits = call.id not in approved and (yield from self._needs_approval(call))
+                (awaiting if waits else runnable).append(call)
+        text = yield from self._run_tools(runnable, already_started)
+        if text is not None:
+            self.rows.reject(awaiting, "Not run: another tool ended the turn.", "skipped")
+            return (yield from self._end_with(text))
+        if awaiting:
+            self._log("parked: %d tool calls wait for approval", len(awaiting))
+            return self.rows.park(awaiting)
+        self._say_results(calls)
+        return None
+
+    def _needs_approval(self, call: ToolCall) -> Generator[Effect, Any, bool]:
+        wanted = self.setting.options.toolbox.approval_of(call)
+        if not callable(wanted):
+            return wanted
+        try:
+            arguments = call.parsed_arguments
+        except ValueError:
+            return False  # it will not run
+        return bool((yield CallHook(wanted, (arguments,))))
+
+    def _go_on(self, progress: Progress) -> Generator[Effect, Any, LlmMessage | None]:
+        """Take up a turn where it stopped: finish the tool calls of its last round."""
+        rows = self.rows
+        self.tool_rounds, self.call_ids = progress.rounds, set(progress.call_ids)
+        self.number = progress.next_round
+        if progress.has_last_word:
+            return rows.finish_as_stored()
+        for message in rows.rounds:
+            self._say(message, writer=progress.provider)
+            if message is not rows.rounds[-1]:
+                self._say_results([ToolCall(call["id"], "", "") for call in message.get("tool_calls") or ()])
+        unknown = [call for call in progress.calls if call.id in progress.interrupted]
+        toolbox = self.setting.options.toolbox
+        for call in unknown:
+            if not toolbox.is_idempotent(call):
+                result = f"The tool {call.name!r} was interrupted while it ran. Whether it did its work is not known."
+                rows.save_outcome(ToolOutcome(call, result, status="failed", error="interrupted"))
+        if not progress.calls:
+            return None
+        return (yield from self._run_round(progress.calls, approved=progress.approved))
+
+    # A call of the model
+
+    def _ask_model(self) -> Generator[Effect, Any, Reply]:
+        """A reply, by the first of the models that gives one. Every attempt leaves its request row."""
+        number = 0
+        for following in (*self._remaining(), None):
+            messages = yield from self._prepared()
+            answer, number = yield from self._try(messages, number)
             if answer.error is None:
-                return answer, attempt
-            self._record(answer, number, attempt)
-            may_help = answer.retryable and not answer.shown
-            wait = options.retries.wait_before(attempt, answer.retry_after) if may_help else None  # type: ignore[union-attr]
-            if wait is None:
+                return answer.reply
+            if following is None or not self._falls_back(answer):
                 raise answer.error
-            yield Wait(wait)
+            self.candidate = following
+            self._compose()
         raise AssertionError("unreachable")
 
-    def _run_tools(self, number: int, calls: tuple[ToolCall, ...]) -> Generator[Effect, Any, None]:
-        """Run a round's calls, so many side by side; each is marked as it starts, and its result written as it ends."""
-        waiting = deque(calls[self._at_once :])
-        running = list(calls[: self._at_once])
-        for call in running:
-            yield from self._call_hooks("on_tool_call_start", call)
+    def _try(self, messages: list[Message], number: int) -> Generator[Effect, Any, tuple[Answer, int]]:
+        """How a model answered, tried again while that may help; and the number of the last attempt."""
+        for tries in itertools.count(1):
+            answer = yield from self._call_model(messages, number + tries)
+            if answer.error is not None:
+                self.rows.record()
+                wait = self._wait_before_retry(answer, tries)
+                if wait is not None:
+                    yield Wait(wait)
+                    continue
+            return answer, number + tries
+        raise AssertionError("unreachable")
+
+    def _call_model(self, messages: list[Message], number: int) -> Generator[Effect, Any, Answer]:
+        for hook in self._hooks("before_request"):
+            changed = yield CallHook(hook, (messages,))
+            messages = changed if isinstance(changed, list) else messages
+        if self._hooks("on_new_message"):
+            yield from self._call_hooks("on_new_message", self.rows.stored_placeholder())
+        answer: Answer = yield CallModel(
+            ModelRequest(
+                llm=self.setting.llm,
+                model=self.candidate.model,
+                provider=self.candidate.provider,
+                messages=messages,
+                options=self.setting.options.for_completion(after_tools=self.tool_rounds > 0),
+                stream=self.stream,
+                taken_call_ids=frozenset(self.call_ids),
+            )
+        )
+        self._log("round %d, attempt %d: %s", self.number, number, answer.status_code)
+        corrections = self.context.correction_rounds or None
+        self.rows.ended(Attempt(answer, self.number, number, corrections))
+        self.context.duration_ms = answer.duration_ms
+        self.context.spent_in_turn += answer.reply.cost or 0
+        return answer
+
+    def _prepared(self) -> Generator[Effect, Any, list[Message]]:
+        """What the model is to be shown, as the middlewares leave it."""
+        middlewares = self.setting.middlewares
+        if not middlewares and not self._hooks("before_request"):
+            return self.messages
+        messages = [copied(message) for message in self.messages]
+        context, candidate = self.context, self.candidate
+        context.model, context.provider = candidate.model, candidate.answering_provider
+        context.messages, context.round = messages, self.number
+        context.estimate = lambda: self.setting.estimate(candidate, context.messages)
+        if any(getattr(each, "needs_spent", False) for each in middlewares):
+            context.spent = self.rows.spent()
+        for method in methods_of(middlewares, "on_request"):
+            yield CallHook(method, (context,))
+        return context.messages
+
+    def _remaining(self) -> tuple[Candidate, ...]:
+        candidates = self.setting.candidates
+        return candidates[candidates.index(self.candidate) + 1 :]
+
+    def _wait_before_retry(self, answer: Answer, tries: int) -> float | None:
+        if not answer.retryable or answer.shown:
+            return None
+        return self.setting.options.retries.wait_before(tries, answer.retry_after)  # type: ignore[union-attr]
+
+    def _falls_back(self, answer: Answer) -> bool:
+        """Whether another model is asked for what this one failed to give."""
+        error, on = answer.error, self.setting.options.fallbacks.on
+        if answer.shown or not isinstance(error, Exception) or isinstance(error, TurnCancelled):
+            return False
+        if on is None:
+            return answer.status_code not in (400, 413, 422)
+        names = {cls.__name__ for cls in type(error).__mro__}
+        return any(wanted in names if isinstance(wanted, str) else isinstance(error, wanted) for wanted in on)
+
+    # What middlewares and hooks say of a reply
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody looks at a reply, who may send the model back or raise: its rows are written before."""
+        return bool(self._hooks("after_response") or methods_of(self.setting.middlewares, "on_response"))
+
+    def _review(self, reply: Reply) -> Generator[Effect, Any, tuple[Reply, Directive | None]]:
+        """The reply as hooks and middlewares leave it, and what is to be done with it."""
+        reviewed = reply
+        for hook in self._hooks("after_response"):
+            changed = yield CallHook(hook, (reviewed,))
+            reviewed = changed if isinstance(changed, Reply) else reviewed
+        directive = yield from self._directive("on_response", reviewed)
+        if isinstance(directive, REPLACE):
+            put = directive.response
+            reviewed = put if isinstance(put, Reply) else Reply(content=put, model=reply.model, provider=reply.provider)
+        if reviewed is not reply and reviewed.tool_calls:
+            raise InvalidValue("a reply that is put in the place of another cannot ask for tools: give it none")
+        return reviewed, directive
+
+    def _directive(self, name: str, *arguments: Any) -> Generator[Effect, Any, Directive | None]:
+        """What the first of the middlewares says, from the last to the first; each of them is told."""
+        chosen = None
+        for method in reversed(methods_of(self.setting.middlewares, name)):
+            said = yield CallHook(method, (self.context, *arguments))
+            if chosen is None and isinstance(said, RETRY | REPLACE | Verdict):
+                chosen = said
+        return chosen
+
+    def _check_not_stopped(self, directive: Directive | None) -> None:
+        if directive == STOP:
+            raise StoppedByMiddleware(
+                f"a middleware stopped the turn of chat {self.setting.chat_id} after a reply of "
+                f"{self.candidate.model!r}; its request is on record"
+            )
+
+    def _check_schema(self, reply: Reply) -> None:
+        schema = self.setting.options.schema
+        if schema is None:
+            return
+        try:
+            schema.parse(reply.content or "")
+        except ValueError as problem:
+            self.rows.record()
+            raise InvalidReply(
+                f"the reply of {reply.model!r} does not match the schema {schema.name!r}"
+                f"{self._corrected()}: {problem}; it is in .text, whole",
+                text=reply.content or "",
+                problem=str(problem),
+                reply=reply,
+            ) from problem
+
+    def _corrected(self) -> str:
+        times = self.context.correction_rounds
+        return f", after {times} correction{'s' if times > 1 else ''}" if times else ""
+
+    def _send_back(self, message: str, reply: Reply | None) -> Generator[Effect, Any, None]:
+        """Have the model say it again; what it said is not part of the history."""
+        self._correct()
+        if message:
+            if reply is not None and reply.content:
+                self._say({"role": "assistant", "content": reply.content})
+            self._say({"role": "user", "content": message})
+        self.rows.take_back()
+        if reply is not None and (reply.content or reply.thinking):
+            yield Show(Chunk(restart=True))
+
+    def _correct(self) -> None:
+        self.context.correction_rounds += 1
+        if self.context.correction_rounds > MOST_CORRECTIONS:
+            raise CorrectionsExceeded(
+                f"middlewares sent the model back {self.context.correction_rounds} times in one turn of chat "
+                f"{self.setting.chat_id}: bound what you return RETRY for, by context.correction_rounds"
+            )
+
+    def _end_with(self, text: str, *, taking_back: bool = False) -> Generator[Effect, Any, LlmMessage]:
+        """End the turn with a text that no model said."""
+        if taking_back:
+            self.rows.take_back()
+        message = self.rows.end_with(text)
+        if taking_back:
+            yield Show(Chunk(restart=True))
+        if text:
+            yield Show(Chunk(content=text))
+        yield from self._call_hooks("on_end_message", message)
+        return message
+
+    def _end_with_reply(self, reply: Reply) -> Generator[Effect, Any, LlmMessage]:
+        self._check_schema(reply)
+        return (yield from self._end_with(reply.content or "", taking_back=True))
+
+    # Tools
+
+    def _run_tools(self, calls: Sequence[ToolCall], already_started: int) -> Generator[Effect, Any, str | None]:
+        """Run calls, so many side by side; each is marked as it starts, and its result written as it ends.
+
+        The text of a tool that halts the turn.
+        """
+        at_once = self.setting.options.tool_concurrency
+        first, waiting = list(calls[:at_once]), deque(calls[at_once:])
+        if not already_started:
+            self.rows.start(first)
+        running: list[ToolCall] = []
+        for call in first:
+            yield from self._tell_start(call)
+            running.append(call)
         failure: Exception | None = None
+        halt: str | None = None
+        tried: set[str] = set()
         while running:
             outcome: ToolOutcome = yield RunTools(tuple((call, self._context(call)) for call in running))
             running.remove(outcome.call)
-            failure = failure or outcome.fatal
-            following = waiting.popleft() if waiting and failure is None else None
-            self._save_outcome(number, outcome, following)
+            watched = outcome.status == "failed" and self._watches_tool_errors
+            goes_on = failure is None and halt is None and outcome.fatal is None and not outcome.halts and not watched
+            following = waiting.popleft() if waiting and goes_on else None
+            self.rows.save_outcome(outcome, following)
+            self._log("tool %s %s", outcome.call.name, outcome.status)
             try:
-                yield from self._call_hooks("on_tool_call_end", outcome.call, outcome)
+                if watched:
+                    outcome, again = yield from self._judge(outcome, tried)
+                    if again:
+                        running.append(outcome.call)
+                        continue
+                failure = failure or outcome.fatal
+                halt = outcome.result if outcome.halts and halt is None else halt
+                yield from self._tell_end(outcome)
+                if following is None and waiting and failure is None and halt is None:
+                    following = waiting.popleft()
+                    self.rows.start([following])
                 if following is not None:
-                    yield from self._call_hooks("on_tool_call_start", following)
+                    yield from self._tell_start(following)
                     running.append(following)
             except Exception as error:
                 # What runs side by side has its effects: its result is waited for, and written, before the turn ends.
                 failure = failure or error
         if failure is not None:
             raise failure
-        self.messages += [{"role": "tool", "tool_call_id": call.id, "content": self.results[call.id]} for call in calls]
+        if halt is not None:
+            self.rows.reject(list(waiting), "Not run: another tool ended the turn.", "skipped")
+        return halt
+
+    def _judge(self, outcome: ToolOutcome, tried: set[str]) -> Generator[Effect, Any, tuple[ToolOutcome, bool]]:
+        """A failed call as middlewares and hooks leave it, and whether it is to be run once more."""
+        call, error = outcome.call, outcome.exception
+        directive = yield from self._directive("on_tool_call_error", call, error)
+        for hook in self._hooks("on_tool_call_error"):
+            said = yield CallHook(hook, (call, error))
+            if directive is None and isinstance(said, RETRY | REPLACE | Verdict):
+                directive = said
+        if isinstance(directive, RETRY) and call.id not in tried:
+            tried.add(call.id)
+            self.rows.start([call])
+            return outcome, True
+        if directive == STOP:
+            return replace(outcome, fatal=outcome.fatal or error), False
+        if directive == CONTINUE:
+            return replace(outcome, fatal=None), False
+        if isinstance(directive, REPLACE):
+            outcome = replace(outcome, result=_text_of(directive), fatal=None)
+            self.rows.save_outcome(outcome)
+        return outcome, False
+
+    def _say_results(self, calls: Sequence[ToolCall]) -> None:
+        results = self.rows.results
+        self._say(*({"role": "tool", "tool_call_id": call.id, "content": results[call.id]} for call in calls))
+
+    def _tell_start(self, call: ToolCall) -> Generator[Effect, Any, None]:
+        for method in methods_of(self.setting.middlewares, "on_tool_call_start"):
+            yield CallHook(method, (self.context, call))
+        yield from self._call_hooks("on_tool_call_start", call)
+
+    def _tell_end(self, outcome: ToolOutcome) -> Generator[Effect, Any, None]:
+        yield from self._call_hooks("on_tool_call_end", outcome.call, outcome)
+        for method in reversed(methods_of(self.setting.middlewares, "on_tool_call_end")):
+            yield CallHook(method, (self.context, outcome.call, outcome))
+        yield from self._call_hooks("on_tool_result", outcome.result)
 
     @property
-    def _at_once(self) -> int:
-        return self.setting.options.tool_concurrency
+    def _watches_tool_errors(self) -> bool:
+        return bool(self._hooks("on_tool_call_error") or methods_of(self.setting.middlewares, "on_tool_call_error"))
+
+    @property
+    def _may_stand_in_the_way(self) -> bool:
+        """Whether something may keep a tool from starting once its row is written."""
+        return self.setting.options.toolbox.asks_for_approval
 
     def _context(self, call: ToolCall) -> ToolContext:
         return ToolContext(self.setting.chat_id, call.id, self.setting.metadata)
 
+    # Hooks
+
+    def _hooks(self, name: str) -> tuple[Callable[..., Any], ...]:
+        return self.setting.hooks.get(name, ())
+
     def _call_hooks(self, name: str, *arguments: Any) -> Generator[Effect, Any, None]:
-        for function in self.setting.hooks.get(name, ()):
+        for function in self._hooks(name):
             yield CallHook(function, arguments)
-
-    # What is written
-
-    def _record(self, answer: Answer, number: int, attempt: int) -> None:
-        """Write the request row of a call in its own right. Nothing that goes wrong here hides how the call ended."""
-        if not self.setting.options.stores_requests:
-            return
-        try:
-            self.store.transact(self._request(answer, number, attempt))
-            self.unrecorded = None
-        except Exception as problem:
-            self.unrecorded = None
-            if answer.error is None:
-                raise ReplyNotSaved(
-                    f"the request row of a paid call could not be written: {problem}; the reply is in .reply",
-                    reply=answer.reply,
-                ) from problem
-            answer.error.add_note(f"llm_orm: the request row of this call could not be written: {problem}")
-            log.warning("the request row of a failed call could not be written: %s", problem)
-
-    def _request(self, answer: Answer, number: int, attempt: int) -> Sql:
-        sql, reply, error = self.store.statements, answer.reply, answer.error
-        return sql.insert_once(
-            self.store.records.request,
-            {
-                "id": self.request_id,
-                "chat_id": sql.living_chat(self.setting.chat_id),
-                "message_id": sql.living_message(self.message_id),
-                "turn_id": self.turn_id,
-                "source": "chat",
-                "round": number,
-                "attempt": attempt,
-                "provider": reply.provider,
-                "model": reply.model,
-                "status_code": answer.status_code,
-                "error": type(error).__name__ if error else None,
-                "error_message": answer.error_message,
-                "finish_reason": reply.finish_reason,
-                "duration_ms": answer.duration_ms,
-                "first_token_ms": answer.first_token_ms,
-                "streamed": answer.streamed,
-                "input_tokens": reply.usage.input_tokens,
-                "output_tokens": reply.usage.output_tokens,
-                "cached_tokens": reply.usage.cached_tokens,
-                "cache_write_tokens": reply.usage.cache_write_tokens,
-                "thinking_tokens": reply.usage.thinking_tokens,
-                "usage_estimated": reply.usage.estimated,
-                "cost": reply.cost,
-                "provider_request_id": reply.provider_request_id,
-                "created_at": now(),
-            },
-        )
-
-    def _save_round(self, answer: Answer, number: int, attempt: int) -> None:
-        """Write a round that asks for tools: its request, its tool calls, and what the model said; one transaction."""
-        sql, calls = self.store.statements, answer.reply.tool_calls
-        self.rounds.append(answer.reply.message)
-        self.messages.append(copy.deepcopy(answer.reply.message))
-        self.call_ids |= {call.id for call in calls}
-        written: list[Sql] = []
-        if self.setting.options.stores_tool_calls:
-            rows = [self._tool_call(call, number, position) for position, call in enumerate(calls)]
-            written.append(sql.insert(self.store.records.tool_call, *rows))
-        self._write(answer, number, attempt, *written, self._update_message(self._columns(answer.reply, "pending")))
-
-    def _tool_call(self, call: ToolCall, number: int, position: int) -> dict[str, Any]:
-        return {
-            "id": uuid7(),
-            "chat_id": self.setting.chat_id,
-            "message_id": self.message_id,
-            "turn_id": self.turn_id,
-            "round": number,
-            "position": position,
-            "tool_call_id": call.id,
-            "name": call.name,
-            "arguments": call.arguments,
-            "thought_signature": call.thought_signature,
-            "status": "running" if position < self._at_once else "pending",
-            "created_at": now(),
-        }
-
-    def _save_outcome(self, number: int, outcome: ToolOutcome, following: ToolCall | None) -> None:
-        """Write a tool's result, together with the mark that the next one starts."""
-        self.results[outcome.call.id] = outcome.result
-        self._log("tool %s %s", outcome.call.name, outcome.status)
-        if not self.setting.options.stores_tool_calls:
-            return
-        sql, tool_call = self.store.statements, self.store.records.tool_call
-        ended = {
-            "status": outcome.status,
-            "result": outcome.result,
-            "error": outcome.error,
-            "duration_ms": outcome.duration_ms,
-            "finished_at": now(),
-        }
-        statements = [sql.update(tool_call, ended, message_id=self.message_id, tool_call_id=outcome.call.id)]
-        if following is not None:
-            start = {"status": "running"}
-            statements.append(sql.update(tool_call, start, message_id=self.message_id, tool_call_id=following.id))
-        self.store.transact(*statements)
-
-    def _finish(self, answer: Answer, number: int, attempt: int) -> LlmMessage:
-        """Write the reply, together with the last request row; one transaction."""
-        if self.rounds or not answer.reply.is_plain:
-            self.rounds.append(answer.reply.message)
-        columns = self._columns(answer.reply, "completed")
-        time = {"updated_at": columns["updated_at"]}
-        touched = self.store.statements.update(self.store.records.chat, time, id=self.setting.chat_id)
-        self._write(answer, number, attempt, touched, *self._settle(columns))
-        self.is_settled = True
-        return self._stored_message(columns)
-
-    def _write(self, answer: Answer, number: int, attempt: int, *statements: Sql) -> None:
-        """Write what a paid call gave, the last statement updating its message; lost is nothing of it."""
-        try:
-            request = [self._request(answer, number, attempt)] if self.setting.options.stores_requests else []
-            rows = self.store.transact(*request, *statements)
-            self.unrecorded = None
-        except Exception as problem:
-            raise ReplyNotSaved(
-                f"the model's reply could not be written: {problem}; it is in .reply, whole", reply=answer.reply
-            ) from problem
-        if not rows:
-            raise ReplyNotSaved(
-                f"chat {self.setting.chat_id} was deleted, or this turn was cleared as dead by another process; "
-                "its reply is in .reply, whole",
-                reply=answer.reply,
-            )
-
-    def _update_message(self, columns: dict[str, Any]) -> Sql:
-        """Update the assistant message, as long as it is still ours."""
-        ours = {"id": self.message_id, "status": "pending"}
-        return self.store.statements.update(self.store.records.message, columns, returning="id", **ours)
-
-    def _settle(self, columns: dict[str, Any]) -> list[Sql]:
-        """Update the message for good, in the place of the failed answer that it replaces."""
-        if self.replaces is None:
-            return [self._update_message(columns)]
-        replaced, self.position = self.replaces
-        gone = self.store.statements.delete(self.store.records.message, id=replaced)
-        return [gone, self._update_message({**columns, "position": self.position})]
-
-    def _columns(self, reply: Reply, status: str) -> dict[str, Any]:
-        return {
-            "status": status,
-            "content": reply.content,
-            "content_raw": self._content_raw(),
-            "thinking_text": reply.thinking,
-            "thinking_signature": reply.thinking_signature,
-            "thinking_tokens": self.usage.thinking_tokens,
-            "input_tokens": self.usage.input_tokens,
-            "output_tokens": self.usage.output_tokens,
-            "cached_tokens": self.usage.cached_tokens,
-            "model_id": reply.model,
-            "provider": reply.provider or None,
-            "updated_at": now(),
-        }
-
-    def _content_raw(self) -> dict[str, Any] | None:
-        if not self.rounds:
-            return None
-        raw: dict[str, Any] = {"rounds": self.rounds}
-        if self.results and not self.setting.options.stores_tool_calls:
-            raw["results"] = self.results
-        return raw
-
-    def _stored_message(self, columns: dict[str, Any]) -> LlmMessage:
-        return self.store.records.message(
-            id=self.message_id,
-            chat_id=self.setting.chat_id,
-            position=self.position,
-            role="assistant",
-            created_at=self.opened_at,
-            **columns,
-        )
-
-    def _give_up(self, error: BaseException) -> None:
-        """Leave the chat as `on_error` says, with every call on record."""
-        sql = self.store.statements
-        if self.unrecorded is not None:
-            answer, number, attempt = self.unrecorded
-            self._record(answer if answer.error else _ended_by(answer, error), number, attempt)
-        statements: list[Sql] = []
-        if self.rounds and self.setting.options.stores_tool_calls:
-            statements.append(sql.interrupt_tool_calls(id=self.message_id))
-        statements += self._kept(error) or [
-            sql.delete(self.store.records.message, id=self.message_id, status="pending")
-        ]
-        self._clear_placeholder(error, *statements)
-        self._log("gave up: %s", type(error).__name__)
-
-    def _kept(self, error: BaseException) -> list[Sql]:
-        """What keeps the failed answer, where it is to be kept; an empty one does not replace another."""
-        if self.setting.options.on_error != "keep":
-            return []
-        received = self.received or Reply(model=self.setting.model, provider=self.setting.answering_provider)
-        if self.replaces and not (self.rounds or received.content):
-            return []
-        if self.rounds and received.content and received.message is not self.rounds[-1]:
-            self.rounds.append({"role": "assistant", "content": received.content})
-        return self._settle(self._columns(received, "failed" if isinstance(error, Exception) else "incomplete"))
-
-    def _clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
-        """Clear it; where that fails, it does not hide why it was to be done."""
-        try:
-            self.store.transact(*statements)
-        except Exception as problem:
-            error.add_note(f"llm_orm: the turn's placeholder could not be cleared: {problem}")
-
-    def _tool_results(self, message_ids: list[UUID]) -> dict[tuple[UUID, str], str]:
-        try:
-            rows = self.store.read(self.store.statements.tool_results(message_ids))
-        except TablesMissing:
-            if self.setting.options.stores_tool_calls:
-                raise
-            return {}
-        return {(as_uuid(message_id), call_id): result for message_id, call_id, result in rows}
 
     def _log(self, text: str, *values: Any) -> None:
         if log.isEnabledFor(logging.DEBUG):
             log.debug(f"chat {self.setting.chat_id}: {text}", *values)
 
 
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(
-        one.input_tokens + other.input_tokens,
-        one.output_tokens + other.output_tokens,
-        one.cached_tokens + other.cached_tokens,
-        one.cache_write_tokens + other.cache_write_tokens,
-        one.thinking_tokens + other.thinking_tokens,
-        one.estimated or other.estimated,
-    )
-
-
-def _ended_by(answer: Answer, error: BaseException) -> Answer:
-    """The same paid call, as its request row is written once its reply could not be."""
-    return Answer(
-        reply=answer.reply,
-        error=error,
-        error_message=str(error),
-        status_code=answer.status_code,
-        duration_ms=answer.duration_ms,
-        first_token_ms=answer.first_token_ms,
-        streamed=answer.streamed,
-    )
+def _text_of(directive: REPLACE) -> str:
+    response = directive.response
+    return (response.content or "") if isinstance(response, Reply) else response

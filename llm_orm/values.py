@@ -1,13 +1,23 @@
 """What travels between the files: frozen values with names."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
+from uuid import UUID
 
 Message = dict[str, Any]
 """One message as a model is shown it: {"role": "user", "content": "…"}, in the shape of OpenAI's chat API."""
+
+
+def as_json(value: Any) -> Any:
+    """JSON as SQLite (text) or PostgreSQL (already read) gave it."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def as_uuid(value: Any) -> UUID:
+    return value if isinstance(value, UUID) else UUID(value)
 
 
 def storable(text: str) -> str:
@@ -59,6 +69,23 @@ class Chunk:
     thinking: str = ""
     tool_call: ToolCall | None = None
     """A tool call that the model has finished asking for; it runs next."""
+    restart: bool = False
+    """What was shown of this reply so far is taken back: it was corrected, or replaced, and begins anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that goes with a message: its content, or the address it is at."""
+
+    media_type: str
+    """"image/png", "application/pdf", …"""
+    filename: str | None = None
+    content: bytes | None = field(default=None, repr=False)
+    """None where only the reference was kept."""
+    url: str | None = None
+    size: int = 0
+    """Bytes; 0 where it was never read."""
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +105,8 @@ class Reply:
     model: str = ""
     provider: str = ""
     provider_request_id: str | None = None
+    attachments: tuple[Attachment, ...] = ()
+    """Pictures and sound that the model made."""
 
     @property
     def is_plain(self) -> bool:
@@ -115,6 +144,111 @@ class ToolOutcome:
     duration_ms: int = 0
     fatal: Exception | None = None
     """The exception that ends the turn, where the tool said so."""
+    exception: Exception | None = field(default=None, repr=False)
+    """What the tool raised."""
+    halts: bool = False
+    """Whether the result is the turn's reply, and no further call of the model is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """What a tool returns to end the turn with its own text as the reply: no further call of the model is made.
+
+    >>> return Halt("Your order is cancelled.")
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RETRY:
+    """What a middleware returns to have it tried again.
+
+    From on_response and on_error: the model is called again, with `message` as what the user says to its last reply.
+    From on_tool_call_error: the tool is run once more.
+    """
+
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class REPLACE:
+    """What a middleware returns to put something in the place of a reply, an error or a tool's result.
+
+    response    the text; from on_response also a `Reply`
+    """
+
+    response: "str | Reply"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`CONTINUE` and `STOP`."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+CONTINUE = Verdict("CONTINUE")
+"""Go on as if nothing was said; from on_tool_call_error: go on even though the error is fatal."""
+
+STOP = Verdict("STOP")
+"""End the turn: with the error at hand, or with `StoppedByMiddleware`."""
+
+Directive = RETRY | REPLACE | Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Fallbacks:
+    """The models that are called where one fails for good.
+
+    models    in order: "anthropic/claude-sonnet-4-5", …
+    on        the errors that another model is asked for: exception classes, or their names; default: every error of a
+              provider but those that say the request itself is wrong (400, 413, 422)
+    """
+
+    models: tuple[str, ...] = ()
+    on: tuple[type[BaseException] | str, ...] | None = None
+
+
+@dataclass
+class TurnContext:
+    """What a middleware is told of the turn that it is called in; one for the whole turn.
+
+    messages      of the call that is about to be made; on_request may change it, or put another list in its place: what
+                  the model sees is changed, what is stored is not
+    model, provider
+                  that are about to be called
+    schema        what the reply must be, as an `llm_orm.structured.Schema`; None for text
+    round         which call of the model this is, from 0
+    correction_rounds
+                  how often a middleware has sent the model back (RETRY) in this turn
+    spent         `Stats` of the chat so far, read before each call where a middleware has needs_spent = True; else None
+    duration_ms   of the last call
+    state         for middlewares to keep things in until the turn ends
+    """
+
+    chat_id: Any
+    turn_id: Any
+    metadata: Any
+    model: str
+    provider: str
+    streamed: bool
+    options: Any
+    schema: Any = None
+    messages: list[Message] = field(default_factory=list)
+    round: int = 0
+    correction_rounds: int = 0
+    spent: "Stats | None" = None
+    spent_in_turn: Decimal = Decimal(0)
+    """US dollars, of the calls of this turn whose price is known."""
+    duration_ms: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    estimate: Callable[[], Decimal | None] = lambda: None
+    """US dollars that the call about to be made will cost at the least, counted here: its input, and max_tokens of
+    output where that is set; None where the model has no known price."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -245,7 +246,8 @@ def test_broken_json_in_mid_stream_reaches_the_reader(provider, ask_streaming):
 def test_a_stream_that_ends_early_in_good_order_shows_no_reason_for_its_end(provider, format):
     provider.end_early(Answer("Rain all day", chunks=6), chunk=5)
     stream = litellm.completion(**getattr(provider, format)(), messages=QUESTION, max_retries=0, stream=True)
-    assert list(stream)[-1].choices[0].finish_reason == "stop", "litellm makes one up"
+    with suppress(MidStreamFallbackError):  # of a newer litellm; an older one makes a reason up
+        assert list(stream)[-1].choices[0].finish_reason == "stop"
     assert not any(choice.finish_reason for chunk in stream.chunks for choice in chunk.choices)
 
 

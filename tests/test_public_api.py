@@ -11,7 +11,7 @@ import pytest
 
 import llm_orm
 from llm_orm import errors, testing
-from llm_orm.chat import OF_ONE_TURN, OVERRIDES
+from llm_orm.checks import OF_ONE_TURN, OVERRIDES
 from llm_orm.errors import LlmOrmError
 from llm_orm.options import TurnOptions
 
@@ -118,4 +118,4 @@ def test_the_version_of_the_package_can_be_asked() -> None:
 
 
 def test_type_checkers_know_every_option_of_a_turn():
-    assert set(TurnOptions.__annotations__) == {*OF_ONE_TURN, *OVERRIDES}
+    assert set(TurnOptions.__annotations__) == {*OF_ONE_TURN, *OVERRIDES, "inputs"}

@@ -31,6 +31,8 @@ CREATE TABLE "llm_message" (
     "request_key" TEXT,
     "created_at" TIMESTAMPTZ NOT NULL,
     "updated_at" TIMESTAMPTZ NOT NULL,
+    "parked_at" TIMESTAMPTZ,
+    "cancelled_at" TIMESTAMPTZ,
     FOREIGN KEY ("chat_id") REFERENCES "llm_chat" ("id") ON DELETE CASCADE,
     CONSTRAINT "llm_message_role_check" CHECK (role IN ('user', 'assistant', 'system', 'tool')),
     CONSTRAINT "llm_message_status_check" CHECK (status IN ('pending', 'completed', 'incomplete', 'failed'))
@@ -58,6 +60,7 @@ CREATE TABLE "llm_tool_call" (
     "thought_signature" TEXT,
     "result" TEXT,
     "status" TEXT NOT NULL,
+    "approval" TEXT,
     "error" TEXT,
     "duration_ms" INTEGER,
     "metadata" TEXT,
@@ -65,7 +68,8 @@ CREATE TABLE "llm_tool_call" (
     "finished_at" TIMESTAMPTZ,
     FOREIGN KEY ("chat_id") REFERENCES "llm_chat" ("id") ON DELETE CASCADE,
     FOREIGN KEY ("message_id") REFERENCES "llm_message" ("id") ON DELETE SET NULL,
-    CONSTRAINT "llm_tool_call_status_check" CHECK (status IN ('pending', 'running', 'completed', 'failed', 'rejected'))
+    CONSTRAINT "llm_tool_call_status_check" CHECK (status IN ('pending', 'running', 'completed', 'failed', 'rejected')),
+    CONSTRAINT "llm_tool_call_approval_check" CHECK (approval IN ('required', 'approved', 'denied'))
 );
 
 CREATE UNIQUE INDEX "llm_tool_call_message_id_tool_call_id" ON "llm_tool_call" ("message_id", "tool_call_id");

@@ -116,7 +116,7 @@ def test_each_missing_check_is_named(store: Store, compared: Compared):
     for table, check in checks:
         harm = rewritten(store, table, without(f'CONSTRAINT "{check}"'))
         assert ("missing check", table, check) in named(compared.after(*harm))
-    assert len(checks) == 4
+    assert len(checks) == 5
 
 
 def test_each_missing_foreign_key_and_delete_rule_is_named(store: Store, compared: Compared):

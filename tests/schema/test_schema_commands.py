@@ -270,9 +270,9 @@ def test_two_processes_migrate_at_once(database_url: str):
     printed = [process.communicate()[0] for process in running]
 
     assert [process.returncode for process in running] == [0, 0]
-    assert [line for text in printed for line in text.splitlines() if line.startswith("applied")] == [
-        f"applied {name}" for name in ALL
-    ]
+    # They may take turns: each migration is a step of its own.
+    done = [line for text in printed for line in text.splitlines() if line.startswith("applied")]
+    assert sorted(done) == [f"applied {name}" for name in ALL]
 
 
 @pytest.mark.parametrize("command", ["init", "migrate", "sync"])

@@ -1,0 +1,136 @@
+"""Runs a generator on another thread, step by step, so that whoever waits for its next item can be told to stop.
+
+A thread that waits for a provider cannot be interrupted; one that waits for another thread can.
+"""
+
+import contextvars
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, InvalidStateError
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from .errors import TurnCancelled
+
+T = TypeVar("T")
+
+log = logging.getLogger("llm_orm")
+
+_STOPPED, _END = object(), object()
+
+
+class Interrupt:
+    """What makes a thread stop waiting; `set` is called from another one."""
+
+    def __init__(self) -> None:
+        self.future: Future[None] = Future()
+        """Done once somebody wants the turn to end."""
+        self.listener: SimpleQueue[Any] | None = None
+
+    def set(self) -> None:
+        try:
+            self.future.set_result(None)
+        except InvalidStateError:
+            return  # told twice
+        if self.listener is not None:
+            self.listener.put(_STOPPED)
+
+    def check(self) -> None:
+        if self.future.done():
+            raise TurnCancelled()
+
+    def sleep(self, seconds: float) -> None:
+        try:
+            self.future.result(timeout=seconds)
+        except TimeoutError:
+            return
+        raise TurnCancelled()
+
+
+class Aside(Generic[T]):
+    """The items of a generator. Left early, it closes the generator; at once, where that waits for nothing."""
+
+    def __init__(self, generator: Generator[T], interrupt: Interrupt):
+        self._generator = generator
+        self._interrupt = interrupt
+        self._results: SimpleQueue[Any] = SimpleQueue()
+        self._run = contextvars.copy_context().run
+        self._is_waiting = False
+
+    def __enter__(self) -> "Aside[T]":
+        self._worker = _worker()
+        self._interrupt.listener = self._results
+        self._interrupt.check()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._interrupt.listener = None
+        if inspect.getgeneratorstate(self._generator) != inspect.GEN_CLOSED:
+            if self._is_waiting:
+                # It closes once what it waits for comes, or fails to.
+                self._worker.tasks.put(self._close_quietly)
+            else:
+                self._step(self._generator.close)
+        self._worker.tasks.put(self._worker.rest)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        item = self._step(lambda: next(self._generator, _END))
+        if item is _END:
+            raise StopIteration
+        return item
+
+    def _step(self, function: Callable[[], Any]) -> Any:
+        def task() -> None:
+            try:
+                self._results.put((self._run(function), None))
+            except BaseException as error:
+                self._results.put((None, error))
+
+        self._is_waiting = True
+        self._worker.tasks.put(task)
+        result = self._results.get()
+        if result is _STOPPED:
+            raise TurnCancelled()
+        self._is_waiting = False
+        value, error = result
+        if error is not None:
+            raise error
+        return value
+
+    def _close_quietly(self) -> None:
+        try:
+            self._run(self._generator.close)
+        except BaseException as error:
+            log.debug("what was no longer waited for failed: %r", error)
+
+
+class _Worker:
+    """A thread that runs what it is given, one after the other."""
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=self._run, name="llm_orm model", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self.tasks.get()()
+
+    def rest(self) -> None:
+        _idle.append(self)
+
+
+_idle: list[_Worker] = []
+os.register_at_fork(after_in_child=_idle.clear)  # threads do not live on in a forked process
+
+
+def _worker() -> _Worker:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Worker()

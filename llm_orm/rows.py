@@ -1,0 +1,458 @@
+"""What a turn writes: its requests, its tool calls, and its message, from placeholder to reply.
+
+What was paid for is written before anything else happens that may fail, and what could not be written is handed over
+in the error.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from .errors import ChatGone, ReplyNotSaved, TablesMissing, TurnCancelled
+from .middleware import methods_of
+from .options import Setting
+from .records import LlmMessage, now, uuid7
+from .statements import Sql
+from .store import Store
+from .usage import stats_of
+from .values import Answer, Attachment, Message, Reply, Stats, ToolCall, ToolOutcome, Usage, as_uuid
+
+log = logging.getLogger("llm_orm")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call of the model that has ended, and where in the turn it was made."""
+
+    answer: Answer
+    round: int
+    number: int
+    """1 for the first try of a round."""
+    correction_rounds: int | None
+
+
+@dataclass
+class Rows:
+    """The rows of one turn."""
+
+    store: Store
+    setting: Setting
+
+    message_id: UUID = field(default_factory=uuid7)
+    """The assistant message, from placeholder to reply."""
+    turn_id: UUID = field(default_factory=uuid7)
+    """The user message."""
+    position: int = -1
+    opened_at: datetime = field(default_factory=now)
+    replaces: tuple[UUID, int] | None = None
+    """The failed answer that gives way to this one, once there is one: (id, position)."""
+    rounds: list[Message] = field(default_factory=list)
+    """What the model said so far, as it is to be shown again."""
+    results: dict[str, str] = field(default_factory=dict)
+    usage: Usage = Usage()
+    received: Reply | None = None
+    """What the model said last, whole or in part."""
+    request_id: UUID = field(default_factory=uuid7)
+    """Of the last call's row: written twice, where it is not known whether it was, it is there once."""
+    unrecorded: Attempt | None = None
+    """A call whose request row is not known to be written."""
+    open_calls: dict[str, ToolCall] = field(default_factory=dict)
+    """Those without a result. They are stored as they are to be run, even where a middleware keeps less of them."""
+    attachments: int = 0
+    """How many files the model has made."""
+    is_settled: bool = False
+
+    def __post_init__(self) -> None:
+        self._masks = methods_of(self.setting.middlewares, "stored_text")[::-1]
+
+    # Calls of the model
+
+    def ended(self, attempt: Attempt) -> None:
+        """Take note of a call that has ended: from here on it cannot be lost."""
+        self.request_id, self.unrecorded = uuid7(), attempt
+        self.received = attempt.answer.reply
+        self.usage = _sum(self.usage, attempt.answer.reply.usage)
+
+    def record(self) -> None:
+        """Write the request row of a call in its own right. Nothing that goes wrong here hides how the call ended."""
+        attempt, self.unrecorded = self.unrecorded, None
+        if attempt is None or not self.setting.options.stores_requests:
+            return
+        answer = attempt.answer
+        try:
+            self.store.transact(self._request(attempt))
+        except Exception as problem:
+            if answer.error is None:
+                raise ReplyNotSaved(
+                    f"the request row of a paid call could not be written: {problem}; the reply is in .reply",
+                    reply=answer.reply,
+                ) from problem
+            answer.error.add_note(f"llm_orm: the request row of this call could not be written: {problem}")
+            log.warning("the request row of a failed call could not be written: %s", problem)
+        except BaseException:
+            self.unrecorded = attempt
+            raise
+
+    def save(self, reply: Reply, calls: Sequence[ToolCall], number: int, started: int) -> None:
+        """Write what the model said so far: its request, the tool calls that it asks for, and the message; one
+        transaction.
+
+        started    so many of the calls are run at once
+        """
+        if self.rounds or not reply.is_plain:
+            self.rounds.append(reply.message)
+        written: list[Sql] = []
+        if calls and self.setting.options.stores_tool_calls:
+            rows = [self._tool_call(call, number, place, started) for place, call in enumerate(calls)]
+            self.open_calls |= {call.id: call for call in calls}
+            written.append(self.store.statements.insert(self.store.records.tool_call, *rows))
+        written += self._made(reply)
+        self._write(reply, *written, self._update_message(self._columns(reply, "pending")))
+
+    def spent(self) -> Stats:
+        return stats_of(self.store, chat_id=self.setting.chat_id, tool_calls=False)
+
+    # Tool calls
+
+    def start(self, calls: Sequence[ToolCall]) -> None:
+        """Write that the calls are being run."""
+        if calls and self.setting.options.stores_tool_calls:
+            ids = [call.id for call in calls]
+            self.store.transact(self.store.statements.start_tool_calls(self.message_id, ids))
+
+    def save_outcome(self, outcome: ToolOutcome, following: ToolCall | None = None) -> None:
+        """Write a tool's result, together with the mark that the next one starts."""
+        self.results[outcome.call.id] = outcome.result
+        if not self.setting.options.stores_tool_calls:
+            return
+        sql = self.store.statements
+        ended = {
+            "status": outcome.status,
+            "result": self._stored(outcome.result),
+            "error": self._stored(outcome.error),
+            "duration_ms": outcome.duration_ms,
+            "finished_at": now(),
+        }
+        statements = [self._update_tool_call(ended, outcome.call.id), *self._closed([outcome.call])]
+        if following is not None:
+            statements.append(sql.start_tool_calls(self.message_id, [following.id]))
+        self.store.transact(*statements)
+
+    def reject(self, calls: Sequence[ToolCall], result: str, error: str) -> None:
+        """Write of calls that will not be run what the model is told instead."""
+        if not calls:
+            return
+        self.results |= dict.fromkeys((call.id for call in calls), result)
+        if self.setting.options.stores_tool_calls:
+            ids = [call.id for call in calls]
+            rejected = self.store.statements.reject_tool_calls(self.message_id, ids, result, error)
+            self.store.transact(rejected, *self._closed(calls))
+
+    def _closed(self, calls: Sequence[ToolCall]) -> list[Sql]:
+        """Let go of the arguments of calls that have ended, where a middleware keeps less of them."""
+        for call in calls:
+            self.open_calls.pop(call.id, None)
+        kept = {call.id: self._stored(call.arguments) for call in calls} if self._masks else {}
+        return [self._update_tool_call({"arguments": text}, call_id) for call_id, text in kept.items()]
+
+    def park(self, calls: Sequence[ToolCall]) -> LlmMessage:
+        """Let the turn wait for a person, with nothing in memory; the message as it waits."""
+        rows = self.store.transact(*self.store.statements.park(self.message_id, [call.id for call in calls]))
+        self.is_settled = True
+        if not rows:
+            raise ChatGone(
+                f"the turn of chat {self.setting.chat_id} that was to wait for approval is no longer there: the chat "
+                "was deleted, or the turn was cleared as dead by another process"
+            )
+        return self._stored_message({**self._columns(self.received or Reply(), "pending"), "parked_at": now()})
+
+    # The end
+
+    def finish(self, reply: Reply) -> LlmMessage:
+        """Write the reply for good, together with what of its call is not written yet; one transaction."""
+        made: list[Sql] = []
+        if self.unrecorded is not None:
+            if self.rounds or not reply.is_plain:
+                self.rounds.append(reply.message)
+            made = self._made(reply)
+        return self._settle_as(reply, "completed", *made)
+
+    def end_with(self, text: str) -> LlmMessage:
+        """Write a text for good that is not the model's own: a tool's, or a middleware's."""
+        if self.unrecorded is not None:
+            self.record()
+        last = self.received or Reply()
+        if self.rounds:
+            self.rounds.append({"role": "assistant", "content": text})
+        unfinished: list[Sql] = []
+        if self.open_calls and self.setting.options.stores_tool_calls:
+            calls = [*self.open_calls.values()]
+            unfinished = [self.store.statements.interrupt_tool_calls(id=self.message_id), *self._closed(calls)]
+        # Nobody's model said it; the rounds before it are still their provider's.
+        provider = last.provider if self.rounds else ""
+        return self._settle_as(Reply(content=text, provider=provider), "completed", *unfinished)
+
+    def finish_as_stored(self) -> LlmMessage:
+        """Say of a reply that is there already, whole, that it is the turn's."""
+        self._write(Reply(), self._update_message({"status": "completed", "updated_at": now()}))
+        self.is_settled = True
+        with self.store.connection():
+            return self.store.records.message.get_by_id(self.message_id)
+
+    def take_back(self) -> None:
+        """Forget what the model said last; something else takes its place."""
+        if self.rounds and not self.rounds[-1].get("tool_calls"):
+            self.rounds.pop()
+
+    def give_up(self, error: BaseException) -> None:
+        """Leave the chat as `on_error` says, with every call on record."""
+        if self.unrecorded is not None:
+            attempt = self.unrecorded
+            if attempt.answer.error is None:
+                self.unrecorded = replace(attempt, answer=_ended_by(attempt.answer, error))
+            self.record()
+        sql = self.store.statements
+        statements: list[Sql] = []
+        if self.rounds and self.setting.options.stores_tool_calls:
+            statements += [sql.interrupt_tool_calls(id=self.message_id), *self._closed([*self.open_calls.values()])]
+        statements += self._kept(error) or [
+            sql.delete(self.store.records.message, id=self.message_id, status="pending")
+        ]
+        self.clear_placeholder(error, *statements)
+
+    def clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
+        """Clear it; where that fails, it does not hide why it was to be done."""
+        try:
+            self.store.transact(*statements)
+        except Exception as problem:
+            error.add_note(f"llm_orm: the turn's placeholder could not be cleared: {problem}")
+
+    def _kept(self, error: BaseException) -> list[Sql]:
+        """What keeps the failed answer, where it is to be kept; an empty one does not replace another."""
+        if self.setting.options.on_error != "keep":
+            return []
+        first = self.setting.candidates[0]
+        received = self.received or Reply(model=first.model, provider=first.answering_provider)
+        if self.replaces and not (self.rounds or received.content):
+            return []
+        if self.rounds and received.content and received.message is not self.rounds[-1]:
+            self.rounds.append({"role": "assistant", "content": received.content})
+        stopped = isinstance(error, TurnCancelled) or not isinstance(error, Exception)
+        return self._settle(self._columns(received, "incomplete" if stopped else "failed"))
+
+    # Reading
+
+    def tool_results(self, message_ids: list[UUID]) -> dict[tuple[UUID, str], str]:
+        """The results of the tool calls of earlier messages, by (message id, tool call id)."""
+        try:
+            rows = self.store.read(self.store.statements.tool_results(message_ids))
+        except TablesMissing:
+            if self.setting.options.stores_tool_calls:
+                raise
+            return {}
+        return {(as_uuid(message_id), call_id): result for message_id, call_id, result in rows}
+
+    def files(self, message_ids: list[UUID]) -> dict[UUID, list[Attachment]]:
+        """The files of earlier messages, by message id."""
+        files: dict[UUID, list[Attachment]] = {}
+        for row in self.store.read(self.store.statements.attachments(message_ids)):
+            message_id, media_type, filename, content, url, size, sha256 = row
+            kept = None if content is None else bytes(content)
+            files.setdefault(as_uuid(message_id), []).append(
+                Attachment(media_type, filename, kept, url, size=size, sha256=sha256)
+            )
+        return files
+
+    # What the rows say
+
+    def message(self, values: Mapping[str, Any], position: Sql | int) -> Sql:
+        """A new message of the turn."""
+        times = {"created_at": self.opened_at, "updated_at": self.opened_at}
+        row = {**values, "chat_id": self.setting.chat_id, "position": position, **times}
+        if row.get("content"):
+            row["content"] = self._stored(row["content"])
+        return self.store.statements.insert(self.store.records.message, row)
+
+    def _made(self, reply: Reply) -> list[Sql]:
+        first, self.attachments = self.attachments, self.attachments + len(reply.attachments)
+        return self.store.statements.insert_files(self.message_id, reply.attachments, first)
+
+    def _request(self, attempt: Attempt) -> Sql:
+        sql, answer = self.store.statements, attempt.answer
+        reply, error = answer.reply, answer.error
+        return sql.insert_once(
+            self.store.records.request,
+            {
+                "id": self.request_id,
+                "chat_id": sql.living_chat(self.setting.chat_id),
+                "message_id": sql.living_message(self.message_id),
+                "turn_id": self.turn_id,
+                "source": "chat",
+                "round": attempt.round,
+                "attempt": attempt.number,
+                "provider": reply.provider,
+                "model": reply.model,
+                "status_code": answer.status_code,
+                "error": type(error).__name__ if error else None,
+                "error_message": answer.error_message,
+                "finish_reason": reply.finish_reason,
+                "duration_ms": answer.duration_ms,
+                "first_token_ms": answer.first_token_ms,
+                "streamed": answer.streamed,
+                "input_tokens": reply.usage.input_tokens,
+                "output_tokens": reply.usage.output_tokens,
+                "cached_tokens": reply.usage.cached_tokens,
+                "cache_write_tokens": reply.usage.cache_write_tokens,
+                "thinking_tokens": reply.usage.thinking_tokens,
+                "usage_estimated": reply.usage.estimated,
+                "cost": reply.cost,
+                "correction_rounds": attempt.correction_rounds,
+                "provider_request_id": reply.provider_request_id,
+                "created_at": now(),
+            },
+        )
+
+    def _tool_call(self, call: ToolCall, number: int, position: int, started: int) -> dict[str, Any]:
+        return {
+            "id": uuid7(),
+            "chat_id": self.setting.chat_id,
+            "message_id": self.message_id,
+            "turn_id": self.turn_id,
+            "round": number,
+            "position": position,
+            "tool_call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "thought_signature": call.thought_signature,
+            "status": "running" if position < started else "pending",
+            "created_at": now(),
+        }
+
+    def _columns(self, reply: Reply, status: str) -> dict[str, Any]:
+        return {
+            "status": status,
+            "content": self._stored(reply.content),
+            "content_raw": self._content_raw(),
+            "thinking_text": self._stored(reply.thinking),
+            "thinking_signature": reply.thinking_signature,
+            "thinking_tokens": self.usage.thinking_tokens,
+            "input_tokens": self.usage.input_tokens,
+            "output_tokens": self.usage.output_tokens,
+            "cached_tokens": self.usage.cached_tokens,
+            "model_id": reply.model or None,
+            "provider": reply.provider or None,
+            "updated_at": now(),
+        }
+
+    def _content_raw(self) -> dict[str, Any] | None:
+        raw: dict[str, Any] = {}
+        if self.rounds:
+            raw["rounds"] = [self._stored_round(message) for message in self.rounds] if self._masks else self.rounds
+        if self.rounds and self.results and not self.setting.options.stores_tool_calls:
+            raw["results"] = {call_id: self._stored(result) for call_id, result in self.results.items()}
+        if self.attachments:
+            raw["attachments"] = self.attachments
+        return raw or None
+
+    def _stored(self, text: Any) -> Any:
+        """The text as the middlewares let it be kept."""
+        for mask in self._masks:
+            if text is not None:
+                text = mask(text)
+        return text
+
+    def _stored_round(self, message: Message) -> Message:
+        stored = {**message, "content": self._stored(message.get("content"))}
+        if stored.get("reasoning_content"):
+            stored["reasoning_content"] = self._stored(stored["reasoning_content"])
+        if stored.get("tool_calls"):
+            stored["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": self._stored(call["function"]["arguments"])}}
+                for call in stored["tool_calls"]
+            ]
+        if stored.get("thinking_blocks"):
+            # A block whose text is changed no longer fits its signature, and no provider takes it back.
+            blocks = [b for b in stored["thinking_blocks"] if self._stored(b.get("thinking")) == b.get("thinking")]
+            stored["thinking_blocks"] = blocks
+            if not blocks:
+                del stored["thinking_blocks"]
+        return stored
+
+    # How
+
+    def _settle_as(self, reply: Reply, status: str, *made: Sql) -> LlmMessage:
+        columns = self._columns(reply, status)
+        time = {"updated_at": columns["updated_at"]}
+        touched = self.store.statements.update(self.store.records.chat, time, id=self.setting.chat_id)
+        self._write(reply, *made, touched, *self._settle(columns))
+        self.is_settled = True
+        return self._stored_message(columns)
+
+    def _write(self, reply: Reply, *statements: Sql) -> None:
+        """Write what a paid call gave, the last statement updating its message; lost is nothing of it."""
+        try:
+            recorded = self.unrecorded if self.setting.options.stores_requests else None
+            request = [self._request(recorded)] if recorded else []
+            rows = self.store.transact(*request, *statements)
+            self.unrecorded = None
+        except Exception as problem:
+            raise ReplyNotSaved(
+                f"the model's reply could not be written: {problem}; it is in .reply, whole", reply=reply
+            ) from problem
+        if not rows:
+            raise ReplyNotSaved(
+                f"chat {self.setting.chat_id} was deleted, or this turn was cleared as dead by another process; "
+                "its reply is in .reply, whole",
+                reply=reply,
+            )
+
+    def _update_message(self, columns: dict[str, Any]) -> Sql:
+        """Update the assistant message, as long as it is still ours."""
+        ours = {"id": self.message_id, "status": "pending"}
+        return self.store.statements.update(self.store.records.message, columns, returning="id", **ours)
+
+    def _update_tool_call(self, columns: dict[str, Any], tool_call_id: str) -> Sql:
+        ours = {"message_id": self.message_id, "tool_call_id": tool_call_id}
+        return self.store.statements.update(self.store.records.tool_call, columns, **ours)
+
+    def _settle(self, columns: dict[str, Any]) -> list[Sql]:
+        """Update the message for good, in the place of the failed answer that it replaces."""
+        if self.replaces is None:
+            return [self._update_message(columns)]
+        replaced, self.position = self.replaces
+        gone = self.store.statements.delete(self.store.records.message, id=replaced)
+        return [gone, self._update_message({**columns, "position": self.position})]
+
+    def stored_placeholder(self) -> LlmMessage:
+        return self._stored_message({"status": "pending", "updated_at": self.opened_at})
+
+    def _stored_message(self, columns: dict[str, Any]) -> LlmMessage:
+        message = self.store.records.message(
+            id=self.message_id,
+            chat_id=self.setting.chat_id,
+            position=self.position,
+            role="assistant",
+            created_at=self.opened_at,
+            **columns,
+        )
+        message.reply_schema = self.setting.options.schema
+        return message
+
+
+def _sum(one: Usage, other: Usage) -> Usage:
+    return Usage(
+        one.input_tokens + other.input_tokens,
+        one.output_tokens + other.output_tokens,
+        one.cached_tokens + other.cached_tokens,
+        one.cache_write_tokens + other.cache_write_tokens,
+        one.thinking_tokens + other.thinking_tokens,
+        one.estimated or other.estimated,
+    )
+
+
+def _ended_by(answer: Answer, error: BaseException) -> Answer:
+    """The same paid call, as its request row is written once its reply could not be."""
+    return replace(answer, error=error, error_message=str(error))
