@@ -104,7 +104,7 @@ def _two_of(get_llm_provider: Any, model: str, provider: str | None) -> tuple[st
 def _of_router(llm: Any, name: str, **kind: str) -> Any:
     """The models of a `litellm.Router`: its registry's, where it has one, for then it warns of its own attributes."""
     registry: Any = getattr(llm, "registry", None)
-    if not callable(registry):
+    if registry is None:
         return getattr(llm, name, None)
     return registry().names(**kind) if kind else registry().all()
 

@@ -180,20 +180,20 @@ class Rows:
             made = self._made(reply)
         return self._settle_as(reply, "completed", *made)
 
-    def end_with(self, text: str) -> LlmMessage:
-        """Write a text for good that is not the model's own: a tool's, or a middleware's."""
+    def end_with(self, reply: Reply) -> LlmMessage:
+        """Write a reply for good that is not what the model said last; where it names no model, none said it."""
         if self.unrecorded is not None:
             self.record()
-        last = self.received or Reply()
-        if self.rounds:
-            self.rounds.append({"role": "assistant", "content": text})
+        if self.rounds or not reply.is_plain:
+            message = {name: value for name, value in reply.message.items() if name != "tool_calls"}
+            self.rounds.append({**message, "role": "assistant", "content": reply.content})
+        if self.rounds and not reply.provider and self.received is not None:
+            reply = replace(reply, provider=self.received.provider)  # the rounds before it are still their provider's
         unfinished: list[Sql] = []
         if self.open_calls and self.setting.options.stores_tool_calls:
             calls = [*self.open_calls.values()]
             unfinished = [self.store.statements.interrupt_tool_calls(id=self.message_id), *self._closed(calls)]
-        # Nobody's model said it; the rounds before it are still their provider's.
-        provider = last.provider if self.rounds else ""
-        return self._settle_as(Reply(content=text, provider=provider), "completed", *unfinished)
+        return self._settle_as(reply, "completed", *unfinished)
 
     def finish_as_stored(self) -> LlmMessage:
         """Say of a reply that is there already, whole, that it is the turn's."""

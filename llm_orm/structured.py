@@ -86,7 +86,7 @@ LONGEST_PROBLEM = 300
 
 
 def _complaint(problems: Iterable[tuple[Iterable[Any], str]]) -> str:
-    """ "items.0.price: Input should be a valid number; name: Field required"."""
+    """Each problem with its place: "items.0.price: Input should be a valid number; name: Field required"."""
     shown = [
         f"{'.'.join(map(str, path)) or 'the reply'}: {_cut(message)}"
         for path, message in itertools.islice(problems, MOST_PROBLEMS)
@@ -112,7 +112,7 @@ def _of_type(given: Any) -> Schema:
             wrapped = True
             adapter, described = _described(pydantic.create_model(name, value=(given, ...)))
     except (pydantic.errors.PydanticUserError, NameError, TypeError) as error:
-        problem = str(error).partition(". Set `arbitrary")[0].splitlines()[0]
+        problem = str(error).partition(". Set `arbitrary")[0].partition("\n")[0]
         raise InvalidValue(f"{_no_schema(given)} ({problem})") from error
 
     def read(text: str) -> Any:

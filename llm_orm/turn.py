@@ -180,7 +180,8 @@ class Turn:
                     raise
                 directive = yield from self._directive("on_error", error)
                 if isinstance(directive, REPLACE):
-                    return (yield from self._end_with(_text_of(directive), taking_back=self.rows.received is not None))
+                    said = self.rows.received is not None
+                    return (yield from self._end_with(_reply_of(directive), taking_back=said))
                 if not isinstance(directive, RETRY) or not self.is_asking:
                     raise
                 yield from self._send_back(directive.message, self.rows.received)
@@ -213,7 +214,8 @@ class Turn:
                 return None
             self._check_not_stopped(directive)
             if reviewed is not reply:
-                return (yield from self._end_with_reply(reviewed))
+                self._check_schema(reviewed)
+                return (yield from self._end_with(reviewed, taking_back=True))
         self._check_schema(reply)
         message = self.rows.finish(reply)
         yield from self._call_hooks("on_end_message", message)
@@ -244,7 +246,8 @@ class Turn:
             self._check_not_stopped(directive)
             if reviewed is not reply:
                 self.rows.reject(calls, "Not run.", "a middleware put another reply in its place")
-                return (yield from self._end_with_reply(reviewed))
+                self._check_schema(reviewed)
+                return (yield from self._end_with(reviewed, taking_back=True))
         return (yield from self._run_round(calls, already_started=at_once))
 
     def _run_round(
@@ -259,7 +262,7 @@ class Turn:
         text = yield from self._run_tools(runnable, already_started)
         if text is not None:
             self.rows.reject(awaiting, "Not run: another tool ended the turn.", "skipped")
-            return (yield from self._end_with(text))
+            return (yield from self._end_with(Reply(content=text)))
         if awaiting:
             self._log("parked: %d tool calls wait for approval", len(awaiting))
             return self.rows.park(awaiting)
@@ -400,8 +403,7 @@ class Turn:
             reviewed = changed if isinstance(changed, Reply) else reviewed
         directive = yield from self._directive("on_response", reviewed)
         if isinstance(directive, REPLACE):
-            put = directive.response
-            reviewed = put if isinstance(put, Reply) else Reply(content=put, model=reply.model, provider=reply.provider)
+            reviewed = _reply_of(directive)
         if reviewed is not reply and reviewed.tool_calls:
             raise InvalidValue("a reply that is put in the place of another cannot ask for tools: give it none")
         return reviewed, directive
@@ -461,21 +463,17 @@ class Turn:
                 f"{self.setting.chat_id}: bound what you return RETRY for, by context.correction_rounds"
             )
 
-    def _end_with(self, text: str, *, taking_back: bool = False) -> Generator[Effect, Any, LlmMessage]:
-        """End the turn with a text that no model said."""
+    def _end_with(self, reply: Reply, *, taking_back: bool = False) -> Generator[Effect, Any, LlmMessage]:
+        """End the turn with what the model did not say: a tool's text, or what a middleware or a hook put there."""
         if taking_back:
             self.rows.take_back()
-        message = self.rows.end_with(text)
+        message = self.rows.end_with(reply)
         if taking_back:
             yield Show(Chunk(restart=True))
-        if text:
-            yield Show(Chunk(content=text))
+        if reply.content:
+            yield Show(Chunk(content=reply.content))
         yield from self._call_hooks("on_end_message", message)
         return message
-
-    def _end_with_reply(self, reply: Reply) -> Generator[Effect, Any, LlmMessage]:
-        self._check_schema(reply)
-        return (yield from self._end_with(reply.content or "", taking_back=True))
 
     # Tools
 
@@ -544,7 +542,7 @@ class Turn:
         if directive == CONTINUE:
             return replace(outcome, fatal=None), False
         if isinstance(directive, REPLACE):
-            outcome = replace(outcome, result=_text_of(directive), fatal=None)
+            outcome = replace(outcome, result=_reply_of(directive).content or "", fatal=None)
             self.rows.save_outcome(outcome)
         return outcome, False
 
@@ -589,6 +587,6 @@ class Turn:
             log.debug(f"chat {self.setting.chat_id}: {text}", *values)
 
 
-def _text_of(directive: REPLACE) -> str:
+def _reply_of(directive: REPLACE) -> Reply:
     response = directive.response
-    return (response.content or "") if isinstance(response, Reply) else response
+    return response if isinstance(response, Reply) else Reply(content=response)
