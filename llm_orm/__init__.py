@@ -1,14 +1,6 @@
 """Chats, messages, tool calls and their costs, persisted around every call of a model."""
 
-from .agent import (
-    Agent,
-    AgentSession,
-    acreate_agent_session,
-    aload_agent_session,
-    create_agent_session,
-    define_agent,
-    load_agent_session,
-)
+from .agent import Agent, define_agent
 from .chat import AsyncStream, Chat, Stream
 from .errors import (
     AgentMismatch,
@@ -48,6 +40,13 @@ from .loading import acreate_chat, aload_chat, create_chat, load_chat
 from .middleware import CostGuard, Middleware, PIIMask, SchemaSelfCorrection, UsageLogger
 from .options import Options
 from .records import LlmAgentSession, LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
+from .session import (
+    AgentSession,
+    acreate_agent_session,
+    aload_agent_session,
+    create_agent_session,
+    load_agent_session,
+)
 from .store import Store, connect
 from .tools import Tool, ToolContext, tool
 from .values import (

@@ -1,11 +1,16 @@
 """What a person says to a turn: that a tool call may run, that it may not, or that the turn is to end."""
 
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
 from .checks import as_key, check_storable
+from .claim import age_of
 from .errors import InvalidValue
+from .heart import BEAT_EVERY_S
+from .options import Options
 from .records import LlmToolCall, now
+from .rows import kept_arguments
 from .statements import Sql
 from .store import Store
 from .values import as_uuid
@@ -61,21 +66,33 @@ def _waiting(store: Store, chat_id: UUID, given: Any) -> LlmToolCall:
     raise InvalidValue(f"no tool call {key or given!r} of this chat waits for approval; waiting: {names or 'none'}")
 
 
-def cancel(store: Store, chat_id: UUID, on_error: str, stores_tool_calls: bool) -> bool:
-    """Ask the running turn to end, or end the one that waits for approval; whether there was one."""
+def cancel(
+    store: Store,
+    chat_id: UUID,
+    options: Options,
+    kept: Callable[[str], str] = lambda arguments: arguments,
+) -> bool:
+    """Ask the running turn to end, or end the one that waits for approval, or is dead; whether there was one.
+
+    kept    what the database is to keep of the arguments of tool calls that will not run
+    """
     sql, message = store.statements, store.records.message
     pending = store.read(sql.pending_message(chat_id))
     if not pending:
         return False
-    message_id, _, parked = pending[0]
-    ours = {"id": as_uuid(message_id), "status": "pending"}
-    if parked is None:
+    message_id, seen, parked = pending[0]
+    ours: dict[str, Any] = {"id": as_uuid(message_id), "status": "pending"}
+    # One that was alive a moment ago gets to say so itself, whatever counts as dead.
+    if parked is None and age_of(seen) < max(options.stale_after, 2 * BEAT_EVERY_S):
         asked = store.transact(sql.update(message, {"cancelled_at": now()}, returning="id", **ours))
         store.heart.cancel(as_uuid(message_id))
         return bool(asked)
-    ours["parked_at"] = Sql(sql.param, (parked,))
-    statements = [sql.interrupt_tool_calls(**ours)] if stores_tool_calls else []
-    if on_error == "keep":
+    mark, value = ("updated_at", seen) if parked is None else ("parked_at", parked)
+    ours[mark] = Sql(sql.param, (value,))
+    statements: list[Sql] = []
+    if options.stores_tool_calls:
+        statements = [*kept_arguments(store, ours["id"], kept), sql.interrupt_tool_calls(**ours)]
+    if options.on_error == "keep":
         ended = {"status": "incomplete", "parked_at": None, "updated_at": now()}
         statements.append(sql.update(message, ended, returning="id", **ours))
     else:

@@ -4,6 +4,7 @@ A thread that waits for a provider cannot be interrupted; one that waits for ano
 """
 
 import contextvars
+import functools
 import inspect
 import logging
 import os
@@ -51,36 +52,53 @@ class Interrupt:
 
 
 class Aside(Generic[T]):
-    """The items of a generator. Left early, it closes the generator; at once, where that waits for nothing."""
+    """The items of a generator. Left early, it closes the generator; at once, where that waits for nothing.
 
-    def __init__(self, generator: Generator[T], interrupt: Interrupt):
-        self._generator = generator
+    To enter it raises `TurnCancelled` where the interrupt is set already; from then on its generator does begin.
+    """
+
+    def __init__(self, interrupt: Interrupt):
+        self._generator: Generator[T] | None = None
+        self._next: Callable[[], Any] = lambda: _END
         self._interrupt = interrupt
         self._results: SimpleQueue[Any] = SimpleQueue()
         self._run = contextvars.copy_context().run
+        self._has_begun = False
         self._is_waiting = False
 
     def __enter__(self) -> "Aside[T]":
-        self._worker = _worker()
         self._interrupt.listener = self._results
         self._interrupt.check()
+        self._worker = _worker()
+        return self
+
+    def items_of(self, generator: Generator[T]) -> Iterator[T]:
+        self._generator, self._next = generator, functools.partial(next, generator, _END)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._interrupt.listener = None
-        if inspect.getgeneratorstate(self._generator) != inspect.GEN_CLOSED:
+        self._results = SimpleQueue()  # what was said in the old one does not keep it from closing
+        generator = self._generator
+        try:
+            if generator is None or inspect.getgeneratorstate(generator) == inspect.GEN_CLOSED:
+                return
             if self._is_waiting:
                 # It closes once what it waits for comes, or fails to.
-                self._worker.tasks.put(self._close_quietly)
+                self._worker.tasks.put(lambda: self._close_quietly(generator))
             else:
-                self._step(self._generator.close)
-        self._worker.tasks.put(self._worker.rest)
+                self._step(generator.close)
+        finally:
+            self._worker.tasks.put(self._worker.rest)
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        item = self._step(lambda: next(self._generator, _END))
+        if self._has_begun:
+            self._interrupt.check()  # before it waits for the next one, and can be closed at once
+        self._has_begun = True
+        item = self._step(self._next)
         if item is _END:
             raise StopIteration
         return item
@@ -103,9 +121,9 @@ class Aside(Generic[T]):
             raise error
         return value
 
-    def _close_quietly(self) -> None:
+    def _close_quietly(self, generator: Generator[T]) -> None:
         try:
-            self._run(self._generator.close)
+            self._run(generator.close)
         except BaseException as error:
             log.debug("what was no longer waited for failed: %r", error)
 

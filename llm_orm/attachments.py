@@ -9,16 +9,16 @@ import mimetypes
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from .errors import InvalidFile
-from .values import Attachment, storable
+from .values import Attachment, Message, storable
 
 MAX_FILE_BYTES = 20 * 1024 * 1024
-"""What every provider takes in a request, as base64 and with something to spare for the rest, is about this much."""
+"""27 MB as base64, about what a request may have. A provider's own limit can be lower: that is its error to raise."""
 
 FORMATS = (
     ("image/png", "png", rb"\x89PNG\r\n\x1a\n"),
@@ -73,6 +73,16 @@ def reference_only(attachment: Attachment) -> Attachment:
     return replace(attachment, content=None)
 
 
+def reworded(attachment: Attachment, change: Callable[[str], str]) -> Attachment:
+    """The attachment with its name and, where it is text, its content changed."""
+    name = change(attachment.filename) if attachment.filename else None
+    is_text = attachment.content is not None and attachment.media_type not in TAKEN
+    text = _text_of(attachment.content) if attachment.content and is_text else None
+    if text is None or change(text) == text:
+        return replace(attachment, filename=name)
+    return _stored(attachment.media_type, change(text).encode(), name, attachment.url)
+
+
 def check_taken(attachments: Iterable[Attachment], provider: str) -> None:
     """Raise `InvalidFile` for what the provider's format has no place for: litellm would leave it out in silence."""
     for attachment in attachments:
@@ -125,7 +135,7 @@ def _completed(given: Attachment, max_bytes: int) -> Attachment:
 
 def _at_address(url: str, name: str | None, media_type: str) -> Attachment:
     try:
-        name = name or unquote(urlsplit(url).path).rpartition("/")[2] or None
+        name = name or unquote(urlsplit(url).path).rpartition("/")[2]
     except ValueError as error:
         raise InvalidFile(f"{_shown(url)} is no valid address: {error}") from error
     media_type = media_type or _type_by_name(name)
@@ -290,6 +300,23 @@ def parts_of(attachments: Iterable[Attachment]) -> list[dict[str, Any]]:
     return [_part_of(attachment) for attachment in attachments]
 
 
+def with_files_made(message: Message, attachments: Sequence[Attachment]) -> Message:
+    """The model's message as it is shown again, from the one that is stored: {…, "attachments": how many it made}."""
+    shown = {name: value for name, value in message.items() if name != "attachments"}
+    images = replayed_images(attachments)
+    if images:
+        return {**shown, "images": images}
+    is_empty = attachments and not shown.get("content") and not shown.get("tool_calls")
+    return {**shown, "content": _NOTE.format("A sound file")} if is_empty else shown
+
+
+def without_images(message: Message) -> Message:
+    """The message less the pictures that the model made; words in their place, where it is nothing else."""
+    shown = {name: value for name, value in message.items() if name != "images"}
+    is_empty = "images" in message and not shown.get("content") and not shown.get("tool_calls")
+    return {**shown, "content": _NOTE.format("A picture")} if is_empty else shown
+
+
 def replayed_images(attachments: Iterable[Attachment]) -> list[dict[str, Any]]:
     """The pictures that a model made, as `images` of its message, which litellm gives back to Gemini."""
     return [
@@ -299,11 +326,24 @@ def replayed_images(attachments: Iterable[Attachment]) -> list[dict[str, Any]]:
     ]
 
 
+_NOTE = "[{} came with this message; it cannot be shown to this model.]"
+
+
 def for_provider(content: Any, provider: str) -> Any:
     """The content of a message, with words in the place of what the provider's format has no place for."""
-    if provider not in WITHOUT_SOUND or not isinstance(content, list):
-        return content
-    note = {"type": "text", "text": "[A sound file came with this message; it cannot be shown to this model.]"}
+    return _in_words(content) if provider in WITHOUT_SOUND and isinstance(content, list) else content
+
+
+def without_sound(messages: list[Message]) -> list[Message]:
+    """The messages with words in the place of sound."""
+    return [
+        {**message, "content": _in_words(message["content"])} if isinstance(message.get("content"), list) else message
+        for message in messages
+    ]
+
+
+def _in_words(content: list[Any]) -> list[Any]:
+    note = {"type": "text", "text": _NOTE.format("A sound file")}
     return [dict(note) if part.get("type") == "input_audio" else part for part in content]
 
 

@@ -11,13 +11,13 @@ import peewee as pw
 
 from . import gateway
 from .approval import approve, cancel, deny, pending_approvals
-from .attachments import attachments_of, check_taken
-from .checks import OF_ONE_TURN, OVERRIDES, check_keywords, check_overrides, said_text
+from .attachments import attachments_of, check_taken, reworded
+from .checks import OF_ONE_TURN, OVERRIDES, as_key, check_keywords, check_overrides, said_text
 from .claim import Said, Start, Unanswered, Unfinished
 from .config import Config, Configurable
 from .errors import AsyncTool, ChatGone, InvalidValue, NoModel
 from .history import add_message, fork
-from .middleware import METHODS, methods_of
+from .middleware import METHODS, methods_of, stored
 from .options import Candidate, Options, Setting, TurnOptions
 from .play import Outcome, aplay, play
 from .records import LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
@@ -34,6 +34,9 @@ class Chat(Configurable):
 
     id, chat_id, model, provider, instructions, metadata, options, record
     """
+
+    _middlewares: tuple[Any, ...] = ()
+    """What stands between those of the store and its own, and what no option can do away with."""
 
     def __init__(self, store: Store, record: LlmChat, options: Options, overrides: Mapping[str, Any] | None = None):
         self.store = store
@@ -56,6 +59,7 @@ class Chat(Configurable):
 
     @property
     def chat_id(self) -> UUID:
+        """The same as `id`; of a session, whose `id` is its own, that of its chat."""
         return self.record.id
 
     @property
@@ -76,6 +80,7 @@ class Chat(Configurable):
 
     @property
     def options(self) -> Options:
+        """What is set besides model, provider and instructions, and holds until it is set anew."""
         return self.standing.options
 
     # Asking
@@ -160,9 +165,11 @@ class Chat(Configurable):
         transcript = Transcript()
         if unread:
             transcript.add(unread, rows.tool_results, rows.files)
-        messages = transcript.asked(setting.instructions, setting.options.history, start.text, start.files)
-        model = setting.candidates[0].model
-        return gateway.count_tokens(setting.llm, model, messages=messages, tools=setting.options.toolbox.schemas)
+        first = setting.candidates[0]
+        messages = transcript.asked(
+            setting.instructions, setting.options.history, start.text, start.files, first.answering_provider
+        )
+        return gateway.count_tokens(setting.llm, first.model, messages=messages, tools=setting.options.toolbox.schemas)
 
     # A person's say
 
@@ -176,7 +183,7 @@ class Chat(Configurable):
 
     def deny(self, call: "LlmToolCall | UUID | str", reason: str | None = None) -> LlmToolCall:
         """Keep a tool call from running; the model is told so, and why. Raises `InvalidValue` as `approve` does."""
-        return deny(self.store, self.chat_id, call, reason)
+        return deny(self.store, self.chat_id, call, self._kept(reason))
 
     def cancel(self) -> bool:
         """Stop the chat's running turn, from any thread or process; whether there was one.
@@ -184,7 +191,7 @@ class Chat(Configurable):
         It ends within a second, by `on_error`, and its caller gets `TurnCancelled`; a plain tool that is running is let
         finish first. A turn that waits for approval ends at once.
         """
-        return cancel(self.store, self.chat_id, self.options.on_error, self.options.stores_tool_calls)
+        return cancel(self.store, self.chat_id, self.options, self._kept)
 
     # The history
 
@@ -195,15 +202,18 @@ class Chat(Configurable):
 
         Raises `ChatBusy` while a turn runs.
         """
-        said = attachments_of(files, max_bytes=self.options.max_file_bytes)
-        return add_message(self.store, self.chat_id, role, content, said, keeps_files=self.options.store_files)
+        given = attachments_of(files, max_bytes=self.options.max_file_bytes)
+        said = [reworded(file, self._kept) for file in given]
+        text = self._kept(content)
+        return add_message(self.store, self.chat_id, role, text, said, keeps_files=self.options.store_files)
 
     def fork(self, at: "LlmMessage | UUID | str | int | None" = None) -> "Chat":
         """A new chat with a copy of this one's history, as far as `at`: a message, its id or position; default: all.
 
         Tool calls and files come along. What it cost stays with this chat: the copy has no requests, and no tokens.
         """
-        return Chat(self.store, fork(self.store, self.record, at, self.options.stores_tool_calls), self._options)
+        record = fork(self.store, self.record, at, self.options.stores_tool_calls)
+        return Chat(self.store, record, self._options)._set_up_as(self)
 
     # Reading
 
@@ -216,13 +226,13 @@ class Chat(Configurable):
             row.reply_schema = schema
         return rows
 
-    def attachments(self, message: "LlmMessage | None" = None) -> list[LlmAttachment]:
+    def attachments(self, message: "LlmMessage | UUID | str | None" = None) -> list[LlmAttachment]:
         """The files of a message, or of all of the chat, in order."""
         record: Any = self.store.records.attachment
         messages: Any = self.store.records.message
         rows = record.select().join(messages).where(messages.chat == self.chat_id)
         if message is not None:
-            rows = rows.where(record.message == message.id)
+            rows = rows.where(record.message == (message.id if isinstance(message, LlmMessage) else as_key(message)))
         with self.store.connection():
             return list(rows.order_by(messages.position, record.position))
 
@@ -302,7 +312,7 @@ class Chat(Configurable):
         """`messages`, from asyncio."""
         return await self.store.off_the_loop(self.messages)
 
-    async def aattachments(self, message: "LlmMessage | None" = None) -> list[LlmAttachment]:
+    async def aattachments(self, message: "LlmMessage | UUID | str | None" = None) -> list[LlmAttachment]:
         """`attachments`, from asyncio."""
         return await self.store.off_the_loop(self.attachments, message)
 
@@ -340,11 +350,18 @@ class Chat(Configurable):
         """What one turn asks with; takes out of the options what is not one."""
         return self.config
 
+    def _kept(self, text: Any) -> Any:
+        """A text as the middlewares let it be stored."""
+        return stored(methods_of(self.options.all_middlewares(self.store.middlewares), "stored_text"), text)
+
+    def _set_up_as(self, other: "Chat") -> Self:
+        self._changes, self._hooks = other._changes, other._hooks
+        return self
+
     def _said(self, text: str, files: Any, options: Mapping[str, Any]) -> Said:
         if files is None:
             return Said(said_text(text))
-        limit = options.get("max_file_bytes", self.options.max_file_bytes)
-        attached = attachments_of(files, max_bytes=limit)
+        attached = attachments_of(files, max_bytes=self._options_for(options).max_file_bytes)
         return Said(said_text(text, may_be_empty=bool(attached)), attached)
 
     def _play(self, start: Start, options: TurnOptions) -> LlmMessage:
@@ -379,8 +396,13 @@ class Chat(Configurable):
             raise InvalidValue(
                 'a tool that requires approval needs its row: this chat has persistence={"tool_calls": False}'
             )
+        if not setting.options.stores_requests and any(getattr(m, "needs_spent", False) for m in setting.middlewares):
+            raise InvalidValue(
+                'context.spent sums up request rows, and this chat writes none: persistence={"requests": False}'
+            )
         choice = setting.options.tool_choice
-        if choice not in (None, "auto", "none", "required") and choice not in toolbox.by_name:
+        known = ("required", *toolbox.by_name) if toolbox.by_name else ()
+        if choice not in (None, "auto", "none", *known):
             raise InvalidValue(
                 f"tool_choice={choice!r} names no tool of this chat; it has {', '.join(toolbox.by_name) or 'none'}"
             )
@@ -390,11 +412,14 @@ class Chat(Configurable):
         return Turn(self.store, setting, self._transcript, start, stream=stream)
 
     def _setting(self, options: dict[str, Any], *, checks_model: bool = True) -> Setting:
-        config = self._config_for(options)
+        config = self._config_for(options) if checks_model else self.standing
         check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES))
         check_overrides(options)
         config = config.with_overrides({name: options[name] for name in OVERRIDES if name in options})
+        before = config.options.middlewares
         config = config.with_options(**{name: value for name, value in options.items() if name in OF_ONE_TURN})
+        if "middlewares" in options:  # a turn's own come after the chat's, whose mask or guard holds
+            config = config.with_options(middlewares=(*before, *config.options.middlewares))
         chosen = config.options
         llm = chosen.llm if chosen.llm is not None else self.store.llm
         named = [(config.model, config.provider), *((model, None) for model in chosen.fallbacks.models)]
@@ -410,7 +435,7 @@ class Chat(Configurable):
             candidates=tuple(candidates),
             options=chosen,
             hooks=self._hooks,
-            middlewares=chosen.all_middlewares(self.store.middlewares),
+            middlewares=chosen.all_middlewares((*self.store.middlewares, *self._middlewares)),
             llm=llm,
             estimate=lambda candidate, messages: gateway.estimate(
                 llm, candidate.model, candidate.provider, messages, chosen.toolbox.schemas, chosen.max_tokens

@@ -63,7 +63,7 @@ def said_text(text: Any, *, may_be_empty: bool = False) -> str:
     if not text.strip() and not may_be_empty:
         raise EmptyMessage(f"the message is empty ({text!r}): say something")
     check_storable("the message", text)
-    return text
+    return text if text.strip() else ""
 
 
 def check_overrides(values: Mapping[str, Any]) -> None:

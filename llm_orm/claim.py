@@ -13,8 +13,9 @@ import peewee as pw
 
 from .attachments import reference_only
 from .errors import AwaitsApproval, ChatBusy, ChatGone, InvalidValue, NothingToResume, NothingToRetry, WrongSetup
+from .middleware import methods_of, stored
 from .records import LlmToolCall, TimeField, now
-from .rows import Rows
+from .rows import Rows, kept_arguments
 from .statements import Sql
 from .values import Attachment, Message, ToolCall, Usage, as_json, as_uuid
 
@@ -133,7 +134,7 @@ class Claim:
 
     def _question(self, said: Said, place: Sql) -> list[Sql]:
         keeps = self.setting.options.store_files
-        kept = [file if keeps else reference_only(file) for file in said.files]
+        kept = [self.rows.as_kept(file if keeps else reference_only(file)) for file in said.files]
         user = {"id": self.rows.turn_id, "role": "user", "status": "completed", "content": said.text or None}
         if kept:
             user["content_raw"] = {"attachments": len(kept)}
@@ -165,7 +166,7 @@ class Claim:
         message_id, seen, parked = pending[0]
         if parked is not None:
             raise self._awaits_approval(as_uuid(message_id)) from error
-        age = _age(seen)
+        age = age_of(seen)
         if age < self.setting.options.stale_after:
             return False
         log.debug("chat %s: clearing a turn without a sign of life for %.1f s", self.chat_id, age)
@@ -177,6 +178,8 @@ class Claim:
         where = {"id": message_id, "status": "pending", "updated_at": Sql(self.sql.param, (seen,))}
         statements: list[Sql] = []
         if self.setting.options.stores_tool_calls:
+            masks = methods_of(self.setting.middlewares, "stored_text")
+            statements += kept_arguments(self.store, where["id"], lambda text: stored(masks, text)) if masks else []
             statements.append(self.sql.interrupt_tool_calls(**where))
         if self.setting.options.on_error == "keep":
             statements.append(self.sql.update(self.store.records.message, {"status": "incomplete"}, **where))
@@ -194,9 +197,10 @@ class Claim:
         message_id, position, parked, seen, content, raw, provider, opened_at, *tokens = found[0]
         rows = self.rows
         rows.message_id, rows.position = as_uuid(message_id), position
-        if parked is None and _age(seen) < self.setting.options.stale_after:
+        if parked is None and age_of(seen) < self.setting.options.stale_after:
             return None
-        calls = self.store.read(self.sql.tool_calls_of(rows.message_id)) if self._keeps_calls else []
+        has_rows = self._keeps_calls or parked is not None
+        calls = self.store.read(self.sql.tool_calls_of(rows.message_id)) if has_rows else []
         self._check_decided(calls)
         self._read_progress(calls, as_json(raw) or {}, provider, content)
         rows.opened_at = TimeField().python_value(opened_at)
@@ -231,13 +235,16 @@ class Claim:
 
     def _read_progress(self, calls: list[tuple], raw: Any, provider: str | None, content: str | None) -> None:
         rows = self.rows
-        rows.rounds = raw.get("rounds") or []
+        rows.rounds, rows.writer = raw.get("rounds") or [], provider or ""
         rows.attachments = raw.get("attachments") or 0
         rows.results = {row[0]: row[7] for row in calls if row[7] is not None} or raw.get("results") or {}
         asked = {row[0]: ToolCall(row[0], row[1], row[2], row[3]) for row in calls}
-        rows.open_calls = {call_id: call for call_id, call in asked.items() if call_id not in rows.results}
+        denied = {row[0] for row in calls if row[6] == "denied"}
+        rows.open_calls = {key: call for key, call in asked.items() if key not in rows.results or key in denied}
         last = rows.rounds[-1].get("tool_calls") or [] if rows.rounds else []
         running = {row[0] for row in calls if row[5] == "running"}
+        if not self._keeps_calls:  # nobody wrote which of them were started
+            running = {call["id"] for call in last} - set(rows.results)
         self.progress = Progress(
             calls=tuple(asked.get(call["id"]) or _parsed(call) for call in last),
             approved=frozenset(row[0] for row in calls if row[6] == "approved"),
@@ -288,7 +295,7 @@ class Claim:
         )
 
 
-def _age(seen: Any) -> float:
+def age_of(seen: Any) -> float:
     """Seconds since a sign of life. The clocks of two machines differ: one from the future is one from now."""
     return max((now() - TimeField().python_value(seen)).total_seconds(), 0.0)
 

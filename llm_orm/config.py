@@ -111,7 +111,13 @@ class Configurable:
         wanted = {name: value for name, value in (("effort", effort), ("budget", budget)) if value is not None}
         if not wanted:
             raise InvalidValue('with_thinking() needs effort="low", "medium" or "high", or budget=tokens')
-        return self._change(lambda c: c.with_options(thinking={**(c.options.thinking or {}), **wanted}))
+
+        def change(config: Config) -> Config:
+            known = config.options.thinking or {}
+            kept = {} if "type" in known else known  # a provider's own shape takes no words of ours
+            return config.with_options(thinking={**kept, **wanted})
+
+        return self._change(change)
 
     def with_effort(self, effort: str) -> Self:
         """`with_thinking(effort=…)`."""
@@ -131,9 +137,11 @@ class Configurable:
 
         on    the errors that another model is asked for: exception classes, or their names; default: every error of a
               provider but those that say the request itself is wrong (400, 413, 422)
+
+        The one that answers stays for the rest of the turn. None of them is called once a piece of a stream was shown.
+        Without models: no fallbacks any more.
         """
-        wanted = None if on is None else tuple(on) if isinstance(on, list | tuple | set) else (on,)
-        return self._set(fallbacks=Fallbacks(tuple(models), wanted))
+        return self._set(fallbacks=Fallbacks(tuple(models), on))
 
     # Tools and middlewares
 
@@ -161,13 +169,17 @@ class Configurable:
     # Hooks, called in the order in which they were added; none of them can keep a row from being written
 
     def before_request(self, function: Callable[[list[dict[str, Any]]], Any]) -> Self:
-        """Call `function(messages)` before each call of the model; a list that it returns is sent instead."""
+        """Call `function(messages)` before each call of the model, retries too; a list that it returns is sent instead.
+
+        It gets copies, to change as it likes: what is stored stays as it was said.
+        """
         return self._hook("before_request", function)
 
     def after_response(self, function: Callable[..., Any]) -> Self:
         """Call `function(reply)` after each call of the model, once its request is written.
 
-        Gets an `llm_orm.Reply`; one that it returns is put in its place.
+        Gets an `llm_orm.Reply`; one that it returns is put in its place, in the place of one with `tool_calls` too,
+        which are then not run. Raises where the one that it returns has any itself.
         """
         return self._hook("after_response", function)
 

@@ -6,6 +6,7 @@ litellm is imported on the first call of a model: it takes seconds.
 import functools
 import inspect
 import os
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
+from .attachments import WITHOUT_SOUND, without_images, without_sound
 from .errors import InvalidValue, UnknownModel
 from .failures import hung_up, is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
 from .received import Received
@@ -51,8 +53,9 @@ class LLM:
 
 
 def litellm() -> Any:
-    # Keeps the import off the network: litellm brings a price map along, and would look for a newer one.
+    # Keeps it off the network: litellm brings a price map and a list of headers along, and would look for newer ones.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    os.environ.setdefault("LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS", "True")
     import litellm
 
     litellm.suppress_debug_info = True  # it prints advice to stdout, where an application's own output goes
@@ -107,6 +110,10 @@ def _of_router(llm: Any, name: str, **kind: str) -> Any:
     if registry is None:
         return getattr(llm, name, None)
     return registry().names(**kind) if kind else registry().all()
+
+
+def _is_router(llm: Any) -> bool:
+    return callable(getattr(llm, "registry", None)) or hasattr(llm, "model_names")
 
 
 # Prices
@@ -203,6 +210,7 @@ def count_tokens(
     """How many tokens they are, by the model's tokenizer; roughly, where that fails."""
     counter = getattr(llm, "token_counter", None) or litellm().token_counter
     more = {"tools": list(tools)} if tools else {}
+    messages = messages and without_sound(messages)  # which litellm refuses to count
     try:
         if messages is None:
             return counter(model=model, text=text)
@@ -256,6 +264,8 @@ class Call:
             try:
                 for part in response:
                     yield from self._chunks_of(part)
+                    if self._is_over:
+                        return  # nobody reads on: the provider is hung up on
             finally:
                 self._finish(response)
                 _close(response)
@@ -309,7 +319,7 @@ class Call:
         status = 200 if error is None else status_of(error)
         usage = self.received.usage if error is None else None
         usage = usage or self._estimated(error)
-        model, provider = self.received.answered_by if not self.provider else (self.model, self.provider)
+        model, provider = self._answered_by(error) if not self.provider else (self.model, self.provider)
         model, provider = model or self.model, provider or "unknown"
         return Answer(
             reply=self.received.reply(model, provider, usage, self._cost(model, provider, usage, error, status)),
@@ -324,9 +334,23 @@ class Call:
             retry_after=None if error is None else retry_after_of(error),
         )
 
+    def _answered_by(self, error: BaseException | None) -> tuple[str | None, str | None]:
+        """(model, provider) that a router took, by the provider's own names, as the reply or the error says."""
+        model, provider = self.received.answered_by
+        if error is not None and model is None:
+            model, provider = getattr(error, "model", None), getattr(error, "llm_provider", None)
+        if not model or not _is_router(self.llm):
+            return model, provider
+        try:
+            return _resolved(model, provider)
+        except UnknownModel:
+            return model, provider
+
     def _keywords(self) -> dict[str, Any]:
         request = self.request
         keywords = {**request.options, "model": request.model, "max_retries": 0}
+        if _is_router(self.llm):
+            keywords["num_retries"] = 0  # whatever the router says of itself: a retry that it makes leaves no row
         if "thinking" in keywords:
             keywords |= self._thinking(keywords.pop("thinking"))
         keywords["messages"] = _for_provider(request.messages, self.provider)
@@ -341,9 +365,12 @@ class Call:
         if "type" in wanted:
             return {"thinking": dict(wanted)}  # the provider's own shape
         effort, budget = wanted.get("effort"), wanted.get("budget")
-        takes_budget = "thinking" in self._supported()
+        # Gemini takes a level from its third version on, and litellm drops a budget that it is given there.
+        takes_budget = "thinking" in self._supported() and not _GEMINI_3.match(self.model)
         if budget is not None and (takes_budget or (effort is None and "reasoning_effort" not in self._supported())):
-            return {"thinking": {"type": "enabled", "budget_tokens": budget}}
+            budgeted = {"thinking": {"type": "enabled", "budget_tokens": budget}}
+            # Anthropic's later models take both, each for its own end; litellm knows which.
+            return {**budgeted, "reasoning_effort": effort} if effort and self.provider == "anthropic" else budgeted
         return {"reasoning_effort": effort or _effort_of(budget)}
 
     def _supported(self) -> Sequence[str]:
@@ -451,17 +478,22 @@ class Call:
         return cost_of(self.llm, model, provider, usage)
 
 
+_GEMINI_3 = re.compile(r"gemini-([3-9]|\d\d)")
+
+
 def _effort_of(budget: int | None) -> str:
     """The effort that litellm would make of such a budget, the other way round."""
     return "low" if budget is None or budget <= 1024 else "medium" if budget <= 2048 else "high"
 
 
 def _for_provider(messages: list[Message], provider: str) -> list[Message]:
-    """The messages as they may be sent: OpenAI refuses the fields that others need back."""
+    """The messages as they may be sent: OpenAI refuses the fields that others need back; some take no sound."""
+    if provider in WITHOUT_SOUND:
+        return without_sound(messages)
     if provider not in ("openai", "azure"):
         return messages
     return [
-        {name: value for name, value in message.items() if name not in UNKNOWN_TO_OPENAI}
+        {name: value for name, value in without_images(message).items() if name not in UNKNOWN_TO_OPENAI}
         if message["role"] == "assistant"
         else message
         for message in messages

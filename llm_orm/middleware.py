@@ -66,6 +66,8 @@ def check_middleware(given: Any) -> Any:
     if isinstance(given, type) or not any(callable(getattr(given, name, None)) for name in METHODS):
         made = f"; make it one: {given.__name__}()" if isinstance(given, type) else ""
         raise InvalidValue(f"{given!r} is not a middleware: it needs one of {', '.join(METHODS)}{made}")
+    if inspect.iscoroutinefunction(getattr(given, "stored_text", None)):
+        raise InvalidValue(f"the stored_text of {given!r} must be a plain function: rows are written in one go")
     return given
 
 
@@ -74,6 +76,15 @@ def methods_of(middlewares: tuple[Any, ...], name: str) -> list[Callable[..., An
     methods = (getattr(each, name, None) for each in middlewares)
     unset = getattr(Middleware, name)
     return [method for method in methods if callable(method) and getattr(method, "__func__", None) is not unset]
+
+
+def stored(masks: Iterable[Callable[[str], Any]], text: Any) -> Any:
+    """What the database keeps of a text, by the stored_text of each middleware; of None, nothing."""
+    for mask in reversed([*masks]) if isinstance(text, str) else ():
+        text = mask(text)
+        if not isinstance(text, str):
+            raise InvalidValue(f"a stored_text must return a text, not {type(text).__name__}: {mask!r}")
+    return text
 
 
 class CostGuard(Middleware):
@@ -239,6 +250,9 @@ class PIIMask(Middleware):
     Card numbers and IBANs are masked where their check digits are right, phone numbers where they are written as one:
     with a + and the country, or as 555-123-4567. Names, addresses and IP addresses are not looked for. Nothing is
     changed in thinking, which is signed, and in data: URLs. JSON stays JSON.
+
+    Tools get their arguments as the model wrote them. With `stored`, too, those of a call that has not ended are kept
+    as they are, for whoever approves it, or goes on after a crash.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """What can be set on a chat without being stored: when it is made or loaded, and for one turn."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -12,7 +11,7 @@ from .errors import InvalidValue
 from .middleware import SchemaSelfCorrection, check_middleware
 from .structured import Schema
 from .tools import Toolbox
-from .transcript import History
+from .transcript import History, json_copied
 from .values import Fallbacks, Message, Retries
 
 OURS = ("model", "messages", "stream", "tools", "max_retries", "num_retries", "fallbacks")
@@ -33,7 +32,7 @@ class Options:
     corrections       how often a reply that does not match the schema is sent back; past it: InvalidReply
     tool_choice       "auto", "none", "required", or the name of a tool; a forced choice holds until tools have run
     fallbacks         the models that are called where one fails: names, or a `Fallbacks`
-    middlewares       `Middleware` objects, which come after those of the store
+    middlewares       `Middleware` objects, which come after those of the store; of one turn: after those of the chat
     params            further keywords for litellm's completion()
     headers           extra HTTP headers
     request_timeout   seconds that one call of the model may take
@@ -102,12 +101,18 @@ class Options:
         _check("effort", self.effort, 'must be "low", "medium" or "high"', lambda v: v is None or isinstance(v, str))
         _check("thinking", self.thinking, 'must be {"effort": …} or {"budget": tokens}', _is_thinking)
         if self.effort is not None:
-            object.__setattr__(self, "thinking", {**(self.thinking or {}), "effort": self.effort})
+            kept = {} if "type" in (self.thinking or {}) else self.thinking or {}
+            object.__setattr__(self, "thinking", {**kept, "effort": self.effort})
             object.__setattr__(self, "effort", None)
+        for name in ("params", "headers", "thinking", "persistence"):
+            # The caller's own dict may change in the middle of a turn.
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else json_copied(dict(value)))
         _check("corrections", self.corrections, "must be 0 or more", _is_count)
         _check("tool_choice", self.tool_choice, 'must be "auto", "none", "required" or a tool\'s name', _is_name)
         _check("fallbacks", self.fallbacks, "must be names of models, or a Fallbacks", _is_fallbacks)
         object.__setattr__(self, "fallbacks", _fallbacks(self.fallbacks))
+        _check("fallbacks", self.fallbacks.on, "are tried on exception classes or their names", _is_errors)
         _check("middlewares", self.middlewares, "must be a list of middlewares", _is_sequence)
         object.__setattr__(self, "middlewares", tuple(map(check_middleware, self.middlewares or ())))
         _check("store_files", self.store_files, "must be True or False", lambda v: isinstance(v, bool))
@@ -140,10 +145,11 @@ class Options:
         after_tools    once tools have run in a turn, none is forced upon the model again: it would never come to an end
         """
         # Copies: litellm writes into schemas, and what it writes for one provider is wrong for another.
-        keywords: dict[str, Any] = copy.deepcopy(dict(self.params))
+        keywords: dict[str, Any] = json_copied(dict(self.params))
         if self.toolbox.schemas:
-            keywords["tools"] = copy.deepcopy(self.toolbox.schemas)
-        if self.tool_choice is not None and not (after_tools and self.tool_choice not in ("auto", "none")):
+            keywords["tools"] = json_copied(self.toolbox.schemas)
+        is_forced = self.tool_choice not in (None, "auto", "none")
+        if self.tool_choice and self.toolbox.schemas and not (after_tools and is_forced):
             keywords["tool_choice"] = _tool_choice(self.tool_choice)
         if self.schema is not None:
             keywords["response_format"] = self.schema.response_format
@@ -231,9 +237,10 @@ def _tool_choice(choice: str) -> Any:
 
 
 def _fallbacks(given: Any) -> Fallbacks:
-    if isinstance(given, Fallbacks):
-        return given
-    return Fallbacks((given,) if isinstance(given, str) else tuple(given or ()))
+    models: Any = given.models if isinstance(given, Fallbacks) else given
+    on: Any = given.on if isinstance(given, Fallbacks) else None
+    wanted = None if on is None else tuple(on) if isinstance(on, list | tuple | set | frozenset) else (on,)
+    return Fallbacks((models,) if isinstance(models, str) else tuple(models or ()), wanted)
 
 
 def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
@@ -274,8 +281,16 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_fallbacks(value: Any) -> bool:
-    models = value.models if isinstance(value, Fallbacks) else (value,) if isinstance(value, str) else value or ()
+    given = value.models if isinstance(value, Fallbacks) else value
+    models = (given,) if isinstance(given, str) else given or ()
     return isinstance(models, Iterable) and all(isinstance(model, str) and model for model in models)
+
+
+def _is_errors(value: Any) -> bool:
+    return value is None or all(
+        (isinstance(each, str) and bool(each)) or (isinstance(each, type) and issubclass(each, BaseException))
+        for each in value
+    )
 
 
 def _is_retries(value: Any) -> bool:
@@ -306,4 +321,8 @@ def _is_persistence(value: Any) -> bool:
 def _is_thinking(value: Any) -> bool:
     if value is None:
         return True
-    return isinstance(value, Mapping) and ("type" in value or (bool(value) and set(value) <= {"effort", "budget"}))
+    if not isinstance(value, Mapping) or not value:
+        return False
+    effort, budget = value.get("effort"), value.get("budget")
+    named = (effort is None or (isinstance(effort, str) and effort)) and (budget is None or _is_count(budget))
+    return "type" in value or (bool(named) and set(value) <= {"effort", "budget"})

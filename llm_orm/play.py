@@ -66,10 +66,10 @@ def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
             value, error, call = None, None, None
             match step.effect:
                 case CallModel(request):
-                    call = Call(request)
                     try:
-                        with Aside(call.chunks(), interrupt) as chunks:
-                            yield from chunks
+                        with Aside(interrupt) as aside:
+                            call = Call(request)  # which is on record from here on
+                            yield from aside.items_of(call.chunks())
                     except BaseException as problem:
                         error = problem
                 case Show(chunk):
@@ -150,7 +150,10 @@ class _AsyncInterrupt:
 
     def set(self) -> None:
         try:
-            self.loop.call_soon_threadsafe(self._set)
+            if _running_loop() is self.loop:
+                self._set()
+            else:
+                self.loop.call_soon_threadsafe(self._set)
         except RuntimeError:
             pass  # the loop is closed, and its tasks with it
 
@@ -159,10 +162,13 @@ class _AsyncInterrupt:
         if self.scope is not None:
             self.scope.reschedule(self.loop.time())
 
-    async def wait(self, start: Callable[[], Awaitable[T]]) -> T:
-        """What is waited for; raises `TurnCancelled` once the interrupt is set."""
+    def check(self) -> None:
         if self.is_set:
             raise TurnCancelled()
+
+    async def wait(self, start: Callable[[], Awaitable[T]]) -> T:
+        """What is waited for; raises `TurnCancelled` once the interrupt is set."""
+        self.check()
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -174,6 +180,13 @@ class _AsyncInterrupt:
             raise
         finally:
             self.scope = None
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
@@ -189,8 +202,9 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
             value, error, call = None, None, None
             match step.effect:
                 case CallModel(request):
-                    call = Call(request)
                     try:
+                        interrupt.check()
+                        call = Call(request)  # which is on record from here on
                         async with aclosing(call.achunks()) as chunks:
                             while True:
                                 try:

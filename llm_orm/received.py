@@ -164,7 +164,7 @@ class Received:
 
     def reply(self, model: str, provider: str, usage: Usage, cost: Decimal | None) -> Reply:
         signatures = [block["signature"] for block in self.blocks if block.get("signature")]
-        calls = self.tool_calls()
+        calls, made = self.tool_calls(), self.made.attachments()
         # Some providers end a reply with "stop" whatever is in it; litellm corrects that, of a stream not always.
         finish_reason = "tool_calls" if calls and self.finish_reason == "stop" else self.finish_reason
         return Reply(
@@ -172,22 +172,22 @@ class Received:
             thinking=storable("".join(self.thinking)) or None,
             thinking_signature=signatures[-1] if signatures else None,
             tool_calls=calls,
-            message=_storable_throughout(self._message(calls)),
+            message=_storable_throughout(self._message(calls, len(made))),
             usage=usage,
             cost=cost,
             finish_reason=finish_reason,
             model=model,
             provider=provider,
             provider_request_id=self.request_id,
-            attachments=tuple(self.made.attachments()),
+            attachments=tuple(made),
         )
 
     def _text(self) -> str:
         """What the model said: written, or spoken."""
         return "".join(self.content) or self.made.transcript
 
-    def _message(self, calls: tuple[ToolCall, ...]) -> Message:
-        """The assistant message as litellm wants it back."""
+    def _message(self, calls: tuple[ToolCall, ...], files: int) -> Message:
+        """The assistant message as litellm wants it back, and how many files were made."""
         message: Message = {"role": "assistant", "content": self._text() or None}
         signed = [block for block in self.blocks if block.get("type") != "thinking" or block.get("signature")]
         if signed:
@@ -200,6 +200,8 @@ class Received:
             ]
         if self.fields:
             message["provider_specific_fields"] = self.fields
+        if files:
+            message["attachments"] = files
         return message
 
 

@@ -69,6 +69,13 @@ def money(value: Any) -> Decimal:
     return exact.quantize(Decimal(1)) if exact == exact.to_integral() else exact
 
 
+class BytesField(pw.BlobField):
+    """Bytes, also where the driver gives a view of them."""
+
+    def python_value(self, value: Any) -> Any:
+        return None if value is None else bytes(value)
+
+
 class JSONField(pw.JSONField):
     def __init__(self, **kwargs: Any):
         super().__init__(dumps=None, loads=None, **kwargs)
@@ -133,7 +140,8 @@ class LlmMessage(Record):
     content_raw: Column[Any] = column(JSONField(null=True))
     """Of an assistant row that is more than text: {"rounds": [assistant message, …]}, as the model is to see them.
 
-    Of a user row that files came with: {"attachments": n}, how many rows of LlmAttachment it has.
+    Of a row with files, the user's or those that the model made: {"attachments": n}, how many rows of LlmAttachment it
+    has; a round says in the same way how many of them it made.
     """
     thinking_text: Column[str | None] = column(pw.TextField(null=True))
     thinking_signature: Column[str | None] = column(pw.TextField(null=True))
@@ -293,7 +301,7 @@ class LlmAttachment(Record):
     size: Column[int] = column(pw.BigIntegerField())
     """Bytes."""
     sha256: Column[str] = column(pw.TextField())
-    content: Column[bytes | None] = column(pw.BlobField(null=True))
+    content: Column[bytes | None] = column(BytesField(null=True))
     """NULL where store_files=False, and where only an address was given."""
     url: Column[str | None] = column(pw.TextField(null=True))
     """The address that was given in the place of the file."""

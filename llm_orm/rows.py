@@ -5,14 +5,15 @@ in the error.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from .attachments import reworded
 from .errors import ChatGone, ReplyNotSaved, TablesMissing, TurnCancelled
-from .middleware import methods_of
+from .middleware import methods_of, stored
 from .options import Setting
 from .records import LlmMessage, now, uuid7
 from .statements import Sql
@@ -51,6 +52,8 @@ class Rows:
     """The failed answer that gives way to this one, once there is one: (id, position)."""
     rounds: list[Message] = field(default_factory=list)
     """What the model said so far, as it is to be shown again."""
+    writer: str = ""
+    """The provider who wrote them, but for those that name another."""
     results: dict[str, str] = field(default_factory=dict)
     usage: Usage = Usage()
     received: Reply | None = None
@@ -60,13 +63,13 @@ class Rows:
     unrecorded: Attempt | None = None
     """A call whose request row is not known to be written."""
     open_calls: dict[str, ToolCall] = field(default_factory=dict)
-    """Those without a result. They are stored as they are to be run, even where a middleware keeps less of them."""
+    """Those that are stored as they are to be run, even where a middleware keeps less of them."""
     attachments: int = 0
     """How many files the model has made."""
     is_settled: bool = False
 
     def __post_init__(self) -> None:
-        self._masks = methods_of(self.setting.middlewares, "stored_text")[::-1]
+        self._masks = methods_of(self.setting.middlewares, "stored_text")
 
     # Calls of the model
 
@@ -74,7 +77,14 @@ class Rows:
         """Take note of a call that has ended: from here on it cannot be lost."""
         self.request_id, self.unrecorded = uuid7(), attempt
         self.received = attempt.answer.reply
+        self._now_called(attempt.answer.reply.provider)
         self.usage = _sum(self.usage, attempt.answer.reply.usage)
+
+    def _now_called(self, provider: str) -> None:
+        """Note of the rounds so far who wrote them, where another provider goes on, whom the row will name."""
+        if self.rounds and self.writer != provider:
+            self.rounds = [{"written_by": self.writer, **message} for message in self.rounds]
+        self.writer = provider
 
     def record(self) -> None:
         """Write the request row of a call in its own right. Nothing that goes wrong here hides how the call ended."""
@@ -148,14 +158,17 @@ class Rows:
         self.results |= dict.fromkeys((call.id for call in calls), result)
         if self.setting.options.stores_tool_calls:
             ids = [call.id for call in calls]
-            rejected = self.store.statements.reject_tool_calls(self.message_id, ids, result, error)
+            kept = self._stored(result)
+            rejected = self.store.statements.reject_tool_calls(self.message_id, ids, kept, error)
             self.store.transact(rejected, *self._closed(calls))
 
     def _closed(self, calls: Sequence[ToolCall]) -> list[Sql]:
         """Let go of the arguments of calls that have ended, where a middleware keeps less of them."""
         for call in calls:
             self.open_calls.pop(call.id, None)
-        kept = {call.id: self._stored(call.arguments) for call in calls} if self._masks else {}
+        if not self._masks or not self.setting.options.stores_tool_calls:
+            return []
+        kept = {call.id: self._stored(call.arguments) for call in calls}
         return [self._update_tool_call({"arguments": text}, call_id) for call_id, text in kept.items()]
 
     def park(self, calls: Sequence[ToolCall]) -> LlmMessage:
@@ -167,7 +180,7 @@ class Rows:
                 f"the turn of chat {self.setting.chat_id} that was to wait for approval is no longer there: the chat "
                 "was deleted, or the turn was cleared as dead by another process"
             )
-        return self._stored_message({**self._columns(self.received or Reply(), "pending"), "parked_at": now()})
+        return self._message_as_stored()
 
     # The end
 
@@ -178,34 +191,39 @@ class Rows:
             if self.rounds or not reply.is_plain:
                 self.rounds.append(reply.message)
             made = self._made(reply)
-        return self._settle_as(reply, "completed", *made)
+        return self._settle_as(reply, "completed", *made, *self._closed([*self.open_calls.values()]))
 
     def end_with(self, reply: Reply) -> LlmMessage:
         """Write a reply for good that is not what the model said last; where it names no model, none said it."""
         if self.unrecorded is not None:
             self.record()
-        if self.rounds or not reply.is_plain:
-            message = {name: value for name, value in reply.message.items() if name != "tool_calls"}
-            self.rounds.append({**message, "role": "assistant", "content": reply.content})
+        last = self.received if self.received and self.rounds and self.rounds[-1] is self.received.message else Reply()
+        reply = replace(reply, attachments=tuple(file for file in reply.attachments if file not in last.attachments))
+        if self.rounds or not reply.is_plain or reply.attachments:
+            message = {**reply.message, "role": "assistant", "content": reply.content}
+            message |= {"tool_calls": None, "attachments": len(reply.attachments) or None}
+            self.rounds.append({name: value for name, value in message.items() if value or name == "content"})
         if self.rounds and not reply.provider and self.received is not None:
             reply = replace(reply, provider=self.received.provider)  # the rounds before it are still their provider's
         unfinished: list[Sql] = []
         if self.open_calls and self.setting.options.stores_tool_calls:
             calls = [*self.open_calls.values()]
             unfinished = [self.store.statements.interrupt_tool_calls(id=self.message_id), *self._closed(calls)]
-        return self._settle_as(reply, "completed", *unfinished)
+        return self._settle_as(reply, "completed", *self._made(reply), *unfinished)
 
     def finish_as_stored(self) -> LlmMessage:
         """Say of a reply that is there already, whole, that it is the turn's."""
         self._write(Reply(), self._update_message({"status": "completed", "updated_at": now()}))
         self.is_settled = True
-        with self.store.connection():
-            return self.store.records.message.get_by_id(self.message_id)
+        return self._message_as_stored()
 
     def take_back(self) -> None:
         """Forget what the model said last; something else takes its place."""
         if self.rounds and not self.rounds[-1].get("tool_calls"):
-            self.rounds.pop()
+            files = self.rounds.pop().get("attachments") or 0
+            if files:
+                self.attachments -= files
+                self.store.transact(self.store.statements.delete_files(self.message_id, self.attachments))
 
     def give_up(self, error: BaseException) -> None:
         """Leave the chat as `on_error` says, with every call on record."""
@@ -215,12 +233,14 @@ class Rows:
                 self.unrecorded = replace(attempt, answer=_ended_by(attempt.answer, error))
             self.record()
         sql = self.store.statements
+        gone = sql.delete(self.store.records.message, id=self.message_id, status="pending")
         statements: list[Sql] = []
-        if self.rounds and self.setting.options.stores_tool_calls:
-            statements += [sql.interrupt_tool_calls(id=self.message_id), *self._closed([*self.open_calls.values()])]
-        statements += self._kept(error) or [
-            sql.delete(self.store.records.message, id=self.message_id, status="pending")
-        ]
+        try:
+            if self.rounds and self.setting.options.stores_tool_calls:
+                statements += [sql.interrupt_tool_calls(id=self.message_id), *self._closed([*self.open_calls.values()])]
+            statements += self._kept(error) or [gone]
+        except Exception:  # what a middleware does not let be stored is not kept
+            statements.append(gone)
         self.clear_placeholder(error, *statements)
 
     def clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
@@ -236,12 +256,16 @@ class Rows:
             return []
         first = self.setting.candidates[0]
         received = self.received or Reply(model=first.model, provider=first.answering_provider)
-        if self.replaces and not (self.rounds or received.content):
+        if self.replaces and not (self.rounds or received.content or received.attachments):
             return []
-        if self.rounds and received.content and received.message is not self.rounds[-1]:
-            self.rounds.append({"role": "assistant", "content": received.content})
+        made: list[Sql] = []
+        if (self.rounds or received.attachments) and received.message is not (self.rounds or [None])[-1]:
+            made, files = self._made(received), len(received.attachments)
+            if received.content or files:
+                kept = {"role": "assistant", "content": received.content}
+                self.rounds.append({**kept, "attachments": files} if files else kept)
         stopped = isinstance(error, TurnCancelled) or not isinstance(error, Exception)
-        return self._settle(self._columns(received, "incomplete" if stopped else "failed"))
+        return [*made, *self._settle(self._columns(received, "incomplete" if stopped else "failed"))]
 
     # Reading
 
@@ -275,6 +299,10 @@ class Rows:
         if row.get("content"):
             row["content"] = self._stored(row["content"])
         return self.store.statements.insert(self.store.records.message, row)
+
+    def as_kept(self, file: Attachment) -> Attachment:
+        """A file as the middlewares let it be stored."""
+        return reworded(file, self._stored) if self._masks else file
 
     def _made(self, reply: Reply) -> list[Sql]:
         first, self.attachments = self.attachments, self.attachments + len(reply.attachments)
@@ -359,10 +387,15 @@ class Rows:
 
     def _stored(self, text: Any) -> Any:
         """The text as the middlewares let it be kept."""
-        for mask in self._masks:
-            if text is not None:
-                text = mask(text)
-        return text
+        try:
+            return stored(self._masks, text)
+        except Exception as problem:
+            if self.received is None:
+                raise
+            raise ReplyNotSaved(
+                f"a middleware's stored_text failed: {problem}; the model's reply is in .reply, whole",
+                reply=self.received,
+            ) from problem
 
     def _stored_round(self, message: Message) -> Message:
         stored = {**message, "content": self._stored(message.get("content"))}
@@ -426,6 +459,14 @@ class Rows:
         gone = self.store.statements.delete(self.store.records.message, id=replaced)
         return [gone, self._update_message({**columns, "position": self.position})]
 
+    def _message_as_stored(self) -> LlmMessage:
+        with self.store.connection():
+            message = self.store.records.message.get_or_none(self.store.records.message.id == self.message_id)
+        if message is None:
+            raise ChatGone(f"chat {self.setting.chat_id} was deleted, or its turn was ended, at this moment")
+        message.reply_schema = self.setting.options.schema
+        return message
+
     def stored_placeholder(self) -> LlmMessage:
         return self._stored_message({"status": "pending", "updated_at": self.opened_at})
 
@@ -440,6 +481,16 @@ class Rows:
         )
         message.reply_schema = self.setting.options.schema
         return message
+
+
+def kept_arguments(store: Store, message_id: UUID, kept: Callable[[str], str]) -> list[Sql]:
+    """Let go of the arguments of a message's calls, of which less is to be kept now that they will not run."""
+    sql, record = store.statements, store.records.tool_call
+    return [
+        sql.update(record, {"arguments": text}, message_id=message_id, tool_call_id=call_id)
+        for call_id, _, arguments, *_ in store.read(sql.tool_calls_of(message_id))
+        if (text := kept(arguments)) != arguments
+    ]
 
 
 def _sum(one: Usage, other: Usage) -> Usage:

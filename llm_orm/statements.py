@@ -32,6 +32,12 @@ class Statements:
     def next_position(self, chat_id: UUID) -> Sql:
         return Sql(self._next_position, (chat_id.hex,))
 
+    def next_idle_position(self, chat_id: UUID) -> Sql:
+        """The same, or NULL, which no row can have, while a turn is at work."""
+        position, params = self.next_position(chat_id)
+        busy = f"SELECT 1 FROM {_table(self.records.message)} WHERE chat_id = {self.param} AND status = 'pending'"
+        return Sql(f"CASE WHEN EXISTS ({busy}) THEN NULL ELSE {position} END", (chat_id.hex, *params))
+
     def living_message(self, message_id: UUID) -> Sql:
         """The id, or NULL where the message was deleted meanwhile."""
         return Sql(self._living_message, (message_id.hex,))
@@ -56,6 +62,19 @@ class Statements:
         """Insert a row unless one of its id is there."""
         text, params = self.insert(record, row)
         return Sql(f"{text} ON CONFLICT (id) DO NOTHING", params)
+
+    def copy(self, record: type[Record], row_id: UUID, **changes: Any) -> Sql:
+        """Insert a row once more, with some columns changed; nothing of it leaves the database."""
+        texts, params = self._values(record, changes)
+        key = ("copy", record, tuple(changes))
+        if key not in self._texts:
+            names = [f'"{field.column_name}"' for field in record._meta.sorted_fields]  # type: ignore[attr-defined]
+            kept = ", ".join(name for name in names if name.strip('"') not in changes)
+            self._texts[key] = (
+                f"{self._insert_into(record, tuple(changes))[:-1]}, {kept}) "
+                f'SELECT {", ".join(texts)}, {kept} FROM {_table(record)} WHERE "id" = {self.param}'
+            )
+        return Sql(self._texts[key], (*params, row_id.hex))
 
     def update(
         self, record: type[Record], values: Mapping[str, Any], *, returning: str | None = None, **where: Any
@@ -84,6 +103,11 @@ class Statements:
             for position, file in enumerate(files, first)
         ]
         return [self.insert(self.records.attachment, *rows)] if rows else []
+
+    def delete_files(self, message_id: UUID, first: int) -> Sql:
+        """Delete the files of a message from a position on."""
+        table, param = _table(self.records.attachment), self.param
+        return Sql(f"DELETE FROM {table} WHERE message_id = {param} AND position >= {param}", (message_id.hex, first))
 
     def interrupt_tool_calls(self, **message: Any) -> Sql:
         """Say of a message's calls that will not be finished that they were not."""

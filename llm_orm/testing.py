@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import base64
 import copy
 import json
 import re
@@ -71,6 +72,8 @@ class Say:
 
     text, thinking, signature, calls
                      what the model says: text, thinking with its signature, tool calls
+    images           pictures that it makes, each as bytes
+    audio            sound that it makes; the text is then what is said in it
     input_tokens, output_tokens
                      default: the number of words that were sent and said
     usage            False: the provider does not say, and llm_orm counts the tokens itself
@@ -85,6 +88,8 @@ class Say:
     thinking: str | None = None
     signature: str | None = None
     calls: Sequence[Call] = ()
+    images: Sequence[bytes] = ()
+    audio: bytes | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int = 0
@@ -162,8 +167,17 @@ class ScriptedLLM:
     def get_llm_provider(self, model: str, custom_llm_provider: str | None = None) -> tuple[str, str]:
         return model, custom_llm_provider or self.provider
 
-    def token_counter(self, model: str, messages: list[dict[str, Any]] | None = None, text: str | None = None) -> int:
-        return _words(text) if text is not None else sum(_words(message.get("content")) for message in messages or [])
+    def token_counter(
+        self,
+        model: str,
+        messages: list[dict[str, Any]] | None = None,
+        text: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> int:
+        if text is not None:
+            return _words(text)
+        shown = sum(_words(message.get("content")) for message in messages or [])
+        return shown + sum(_words(json.dumps(schema)) for schema in tools)
 
     def cost_per_token(self, *, prompt_tokens: int, completion_tokens: int, **_: Any) -> tuple[Decimal, Decimal]:
         for_input, for_output = self._prices
@@ -195,6 +209,10 @@ class ScriptedLLM:
         if say.error is not None:
             raise say.error
         message = SimpleNamespace(content=say.text, reasoning_content=say.thinking, tool_calls=self._tool_calls(say))
+        if say.images:
+            message.images = [_image(image) for image in say.images]
+        if say.audio is not None:
+            message.content, message.audio = None, _audio(say.audio, say.text or "")
         if say.signature:
             message.thinking_blocks = [{"type": "thinking", "thinking": say.thinking, "signature": say.signature}]
         choice = SimpleNamespace(message=message, finish_reason=_finish_reason(say))
@@ -211,7 +229,11 @@ class ScriptedLLM:
         if say.signature:
             yield part(thinking_blocks=[{"type": "thinking", "thinking": "", "signature": say.signature}])
         for piece in say.chunks if say.chunks is not None else _pieces(say.text):
-            yield part(content=piece)
+            yield part(content=piece) if say.audio is None else part(audio=_audio(b"", piece))
+        for start in range(0, len(say.audio or b""), 1024):
+            yield part(audio=_audio((say.audio or b"")[start : start + 1024], ""))
+        for image in say.images:
+            yield part(images=[_image(image)])
         for index, call in enumerate(self._tool_calls(say) or ()):
             arguments, call.index, call.function.arguments = call.function.arguments, index, ""
             yield part(tool_calls=[call])
@@ -286,8 +308,19 @@ def _pieces(text: str | None) -> list[str]:
     return re.findall(r"\s*\S+\s*|^\s+$", text) if text else []
 
 
-def _words(text: Any) -> int:
-    return len(text.split()) if isinstance(text, str) else 0
+def _image(content: bytes) -> dict[str, Any]:
+    encoded = base64.b64encode(content).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+
+
+def _audio(content: bytes, transcript: str) -> Any:
+    return SimpleNamespace(id="audio_1", data=base64.b64encode(content).decode(), transcript=transcript)
+
+
+def _words(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(_words(part.get("text")) for part in content)
+    return len(content.split()) if isinstance(content, str) else 0
 
 
 async def _event(event: threading.Event) -> None:

@@ -194,6 +194,13 @@ class Toolbox:
         made = self.by_name.get(call.name)
         return made is not None and made.is_async
 
+    def arguments_of(self, call: ToolCall) -> dict[str, Any] | None:
+        """The arguments as the tool gets them; None where the call cannot run, of which the model will be told."""
+        try:
+            return self._checked(call)[1]
+        except Exception:
+            return None
+
     def run(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
         """Run a call on this thread. Whatever goes wrong in it becomes its outcome."""
         started = time.perf_counter()
@@ -221,6 +228,12 @@ class Toolbox:
             return self._failed(call, RuntimeError(f"cancelled: {error}"), started)
 
     def _prepare(self, call: ToolCall, context: ToolContext) -> tuple[Tool, dict[str, Any]]:
+        made, keywords = self._checked(call)
+        for name in _context_parameters(made.execute):
+            keywords[name] = context
+        return made, keywords
+
+    def _checked(self, call: ToolCall) -> tuple[Tool, dict[str, Any]]:
         made = self.by_name.get(call.name)
         if made is None:
             raise _Unavailable(
@@ -232,21 +245,21 @@ class Toolbox:
             raise _InvalidArguments(_complaint(error)) from error
         keywords = {name: getattr(checked, name) for name in type(checked).model_fields}
         keywords |= checked.model_extra or {}
-        for name in _context_parameters(made.execute):
-            keywords[name] = context
         return made, keywords
 
     def _failed(self, call: ToolCall, error: Exception, started: float) -> ToolOutcome:
         known = isinstance(error, (_Unavailable, _InvalidArguments, _NoResult))
+        fatal = _is_fatal(error)
         if not known and not isinstance(error, ToolError):
-            log.warning("the tool %r failed, and the model was told: %r", call.name, error, exc_info=error)
+            told = "the turn ends with it" if fatal else "the model was told"
+            log.warning("the tool %r failed, and %s: %r", call.name, told, error, exc_info=error)
         return ToolOutcome(
             call,
             result=storable(str(error) if known else f"Error executing tool {call.name!r}: {error}"),
             status="failed",
             error=storable(str(error) if known else f"{type(error).__name__}: {error}"),
             duration_ms=_milliseconds_since(started),
-            fatal=error if _is_fatal(error) else None,
+            fatal=error if fatal else None,
             exception=error,
         )
 

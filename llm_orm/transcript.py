@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from .attachments import message_content, replayed_images
+from .attachments import message_content, with_files_made, without_images
 from .values import Attachment, Message, as_json, as_uuid
 
 History = int | Callable[[list[Message]], list[Message]] | None
@@ -48,14 +48,12 @@ class Transcript:
         ]
         with_tools = [row_id for row_id, _, role, _, raw, _ in settled if raw and role == "assistant"]
         known = results(with_tools) if with_tools else {}
-        with_files = [row_id for row_id, _, _, _, raw, _ in settled if raw and raw.get("attachments")]
+        with_files = [row_id for row_id, _, _, _, raw, _ in settled if isinstance(raw, dict) and raw.get("attachments")]
         files = attachments(with_files) if with_files else {}
         for row_id, position, role, content, raw, provider in settled:
             own = files.get(row_id, [])
             if role == "assistant":
-                messages = assistant_messages(row_id, content, raw, known)
-                if own:
-                    messages = _with_images(messages, own)
+                messages = assistant_messages(row_id, content, raw, known, own)
             elif content is None and not own:
                 messages = []
             else:
@@ -76,10 +74,17 @@ class Transcript:
         return [{"role": "system", "content": instructions}, *messages] if instructions else messages
 
     def asked(
-        self, instructions: str | None, history: History, text: str, files: Sequence[Attachment] = ()
+        self,
+        instructions: str | None,
+        history: History,
+        text: str,
+        files: Sequence[Attachment] = (),
+        provider: str | None = None,
     ) -> list[Message]:
         """What `shown` would be once this was said."""
-        everything = [message for _, _, messages in self._rows for message in messages]
+        everything = [
+            as_shown_to(provider, writer, message) for _, writer, messages in self._rows for message in messages
+        ]
         system = [{"role": "system", "content": instructions}] if instructions else []
         question = [{"role": "user", "content": message_content(text, files)}] if text or files else []
         return [*system, *limited(everything, history), *question]
@@ -90,7 +95,11 @@ def _is_settled(row: tuple) -> bool:
 
 
 def assistant_messages(
-    message_id: UUID, content: str | None, raw: Any, results: Mapping[tuple[UUID, str], str]
+    message_id: UUID,
+    content: str | None,
+    raw: Any,
+    results: Mapping[tuple[UUID, str], str],
+    files: Sequence[Attachment] = (),
 ) -> list[Message]:
     """What an assistant row stands for: its rounds with their tool results, or its text; never an empty message."""
     rounds = raw.get("rounds") if isinstance(raw, dict) else None
@@ -98,7 +107,8 @@ def assistant_messages(
         return [{"role": "assistant", "content": content}] if content else []
     own_results = raw.get("results") or {}
     messages: list[Message] = []
-    for message in rounds:
+    for message, made in zip(rounds, files_of_rounds(rounds, files), strict=True):
+        message = with_files_made(message, made)
         calls = message.get("tool_calls") or []
         found = [results.get((message_id, call["id"]), own_results.get(call["id"])) for call in calls]
         if any(result is None for result in found):
@@ -106,19 +116,16 @@ def assistant_messages(
             if message.get("content"):
                 messages.append({"role": "assistant", "content": message["content"]})
             continue
-        if calls or message.get("content"):
+        if calls or message.get("content") or message.get("images"):
             messages.append(message)
         messages += tool_messages([call["id"] for call in calls], found)
     return messages
 
 
-def _with_images(messages: list[Message], files: list[Attachment]) -> list[Message]:
-    """The messages with the pictures that the model made, which it is shown again where its provider takes them."""
-    images = replayed_images(files)
-    if not images:
-        return messages
-    *before, last = messages or [{"role": "assistant", "content": None}]
-    return [*before, {**last, "images": images}]
+def files_of_rounds(rounds: Sequence[Message], files: Sequence[Attachment]) -> list[list[Attachment]]:
+    """The files that the model made, by the round that it made them in."""
+    left = iter(files)
+    return [list(itertools.islice(left, message.get("attachments") or 0)) for message in rounds]
 
 
 def tool_messages(ids: Iterable[str], results: Iterable[str | None]) -> list[Message]:
@@ -158,13 +165,16 @@ PROVIDER_FIELDS = ("thinking_blocks", "reasoning_content", "provider_specific_fi
 
 def as_shown_to(provider: str | None, writer: str | None, message: Message) -> Message:
     """The message as the provider takes it: of what another wrote, without that one's own fields."""
+    if "written_by" in message:  # a round of a turn that another provider went on with
+        message, writer = {**message}, message["written_by"]
+        del message["written_by"]
     return message if not provider or not writer or writer == provider else _without_provider_fields(message)
 
 
 def _without_provider_fields(message: Message) -> Message:
     if not message.get("tool_calls") and not any(name in message for name in PROVIDER_FIELDS):
         return message
-    plain = {name: value for name, value in message.items() if name not in PROVIDER_FIELDS}
+    plain = {name: value for name, value in without_images(message).items() if name not in PROVIDER_FIELDS}
     if message.get("tool_calls"):
         plain["tool_calls"] = [
             {name: value for name, value in call.items() if name not in PROVIDER_FIELDS}
@@ -176,11 +186,11 @@ def _without_provider_fields(message: Message) -> Message:
 def copied(message: Message) -> Message:
     """A copy that the model's library may write into."""
     is_plain = len(message) == 2 and not isinstance(message["content"], list)
-    return dict(message) if is_plain else _deep_copied(message)
+    return dict(message) if is_plain else json_copied(message)
 
 
-def _deep_copied(value: Any) -> Any:
-    """As `copy.deepcopy`, of JSON alone, which is several times faster."""
+def json_copied(value: Any) -> Any:
+    """As `copy.deepcopy`, of dicts and lists alone: several times faster, and it takes a client along as it is."""
     if isinstance(value, dict):
-        return {name: _deep_copied(item) for name, item in value.items()}
-    return [_deep_copied(item) for item in value] if isinstance(value, list) else value
+        return {name: json_copied(item) for name, item in value.items()}
+    return [json_copied(item) for item in value] if isinstance(value, list) else value

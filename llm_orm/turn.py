@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .attachments import message_content
+from .attachments import message_content, with_files_made
 from .claim import Claim, Progress, Said, Start, Wait
 from .errors import (
     ChatGone,
@@ -30,7 +30,7 @@ from .records import LlmMessage
 from .rows import Attempt, Rows
 from .store import Store
 from .tools import ToolContext
-from .transcript import Transcript, as_shown_to, copied
+from .transcript import Transcript, as_shown_to, copied, files_of_rounds
 from .values import (
     CONTINUE,
     REPLACE,
@@ -102,8 +102,8 @@ class Turn:
     number: int = 0
     """Which call of the model comes next, from 0."""
     tool_rounds: int = 0
-    is_asking: bool = False
-    """Whether it is a call of the model that the turn is at."""
+    failed_call: BaseException | None = None
+    """The error of a call of the model that failed for good."""
     candidate: Candidate = field(init=False)
     """The model that is called; another one once it has failed for good."""
     said: list[tuple[str, Message]] = field(default_factory=list)
@@ -164,8 +164,9 @@ class Turn:
 
     def _say(self, *messages: Message, writer: str = "") -> None:
         """Add to what the model is shown on its next call."""
-        self.said += [(writer or self.candidate.answering_provider, message) for message in messages]
-        self.messages += [copied(message) for message in messages]
+        provider = self.candidate.answering_provider
+        self.said += [(writer or provider, message) for message in messages]
+        self.messages += [copied(as_shown_to(provider, writer, message)) for message in messages]
 
     # The conversation with the model: rounds of calls and tools, to the last word
 
@@ -182,16 +183,14 @@ class Turn:
                 if isinstance(directive, REPLACE):
                     said = self.rows.received is not None
                     return (yield from self._end_with(_reply_of(directive), taking_back=said))
-                if not isinstance(directive, RETRY) or not self.is_asking:
+                if not isinstance(directive, RETRY) or error is not self.failed_call:
                     raise
                 yield from self._send_back(directive.message, self.rows.received)
                 progress = None
 
     def _converse(self) -> Flow:
         while True:
-            self.is_asking = True
             reply = yield from self._ask_model()
-            self.is_asking = False
             number, self.number = self.number, self.number + 1
             if reply.tool_calls:
                 done = yield from self._use_tools(reply, number)
@@ -234,7 +233,7 @@ class Turn:
         self.tool_rounds += 1
         at_once = 0 if self._is_watched or self._may_stand_in_the_way else self.setting.options.tool_concurrency
         self.rows.save(reply, calls, number, at_once)
-        self._say(reply.message, writer=reply.provider)
+        self._say(with_files_made(reply.message, reply.attachments), writer=reply.provider)
         self.call_ids |= {call.id for call in calls}
         if self._is_watched:
             reviewed, directive = yield from self._review(reply)
@@ -270,14 +269,12 @@ class Turn:
         return None
 
     def _needs_approval(self, call: ToolCall) -> Generator[Effect, Any, bool]:
-        wanted = self.setting.options.toolbox.approval_of(call)
-        if not callable(wanted):
-            return wanted
-        try:
-            arguments = call.parsed_arguments
-        except ValueError:
-            return False  # it will not run
-        return bool((yield CallHook(wanted, (arguments,))))
+        toolbox = self.setting.options.toolbox
+        wanted = toolbox.approval_of(call)
+        arguments = toolbox.arguments_of(call) if wanted else None
+        if arguments is None:
+            return False  # it needs nobody's, or cannot run
+        return bool((yield CallHook(wanted, (arguments,)))) if callable(wanted) else True
 
     def _go_on(self, progress: Progress) -> Generator[Effect, Any, LlmMessage | None]:
         """Take up a turn where it stopped: finish the tool calls of its last round."""
@@ -286,8 +283,9 @@ class Turn:
         self.number = progress.next_round
         if progress.has_last_word:
             return rows.finish_as_stored()
-        for message in rows.rounds:
-            self._say(message, writer=progress.provider)
+        files = rows.files([rows.message_id]).get(rows.message_id, []) if rows.attachments else []
+        for message, made in zip(rows.rounds, files_of_rounds(rows.rounds, files), strict=True):
+            self._say(with_files_made(message, made), writer=progress.provider)
             if message is not rows.rounds[-1]:
                 self._say_results([ToolCall(call["id"], "", "") for call in message.get("tool_calls") or ()])
         unknown = [call for call in progress.calls if call.id in progress.interrupted]
@@ -311,6 +309,7 @@ class Turn:
             if answer.error is None:
                 return answer.reply
             if following is None or not self._falls_back(answer):
+                self.failed_call = answer.error
                 raise answer.error
             self.candidate = following
             self._compose()
@@ -330,6 +329,8 @@ class Turn:
         raise AssertionError("unreachable")
 
     def _call_model(self, messages: list[Message], number: int) -> Generator[Effect, Any, Answer]:
+        if self._hooks("before_request"):
+            messages = [copied(message) for message in messages]  # what is changed for one attempt is not for the next
         for hook in self._hooks("before_request"):
             changed = yield CallHook(hook, (messages,))
             messages = changed if isinstance(changed, list) else messages
@@ -356,7 +357,7 @@ class Turn:
     def _prepared(self) -> Generator[Effect, Any, list[Message]]:
         """What the model is to be shown, as the middlewares leave it."""
         middlewares = self.setting.middlewares
-        if not middlewares and not self._hooks("before_request"):
+        if not middlewares:
             return self.messages
         messages = [copied(message) for message in self.messages]
         context, candidate = self.context, self.candidate

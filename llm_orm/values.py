@@ -68,7 +68,7 @@ class Chunk:
     content: str = ""
     thinking: str = ""
     tool_call: ToolCall | None = None
-    """A tool call that the model has finished asking for; it runs next."""
+    """A tool call that the model has finished asking for; it runs next, or waits for a person to approve it."""
     restart: bool = False
     """What was shown of this reply so far is taken back: it was corrected, or replaced, and begins anew."""
 
@@ -97,7 +97,10 @@ class Reply:
     thinking_signature: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     message: Message = field(default_factory=dict)
-    """The assistant message to show the model on the next call, verbatim: thinking blocks, provider fields and all."""
+    """The assistant message to show the model on the next call, verbatim: thinking blocks, provider fields and all.
+
+    With "attachments", how many files the model made in it, which are shown in its place.
+    """
     usage: Usage = Usage()
     cost: Decimal | None = None
     """US dollars; None where the model has no known price."""

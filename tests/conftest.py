@@ -1,6 +1,7 @@
 """Two real databases, and the four ways to ask. Only the model is scripted."""
 
 import asyncio
+import atexit
 import gc
 import os
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,33 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep temporary files in memory where there is room: real files all the same, and no waiting for a disk."""
     if config.option.basetemp is None and IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 2**30:
         config.option.basetemp = tempfile.mkdtemp(prefix="llm_orm_", dir=IN_MEMORY)
+        atexit.register(shutil.rmtree, config.option.basetemp, ignore_errors=True)
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if config.option.basetemp is not None and Path(config.option.basetemp).is_relative_to(IN_MEMORY):
-        shutil.rmtree(config.option.basetemp, ignore_errors=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A process for each core, but none where a few tests are asked for: they end before processes have started."""
+    few = config.getoption("keyword") or config.getoption("lf", False) or not all(map(os.path.isdir, config.args))
+    return 0 if few else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """A report that one process can send to another, which half a character that was logged cannot be."""
+    return _sendable((yield))
+
+
+def _sendable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {name: _sendable(each) for name, each in value.items()}
+    return type(value)(map(_sendable, value)) if isinstance(value, list | tuple) else value
+
+
+def pytest_collection_finish() -> None:
+    """What was imported to collect the tests stays: let nobody look for garbage in it, time and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +74,7 @@ def environment() -> Iterator[None]:
     os.environ.update(kept)
     if "aiohttp" in sys.modules:
         # litellm leaves its sessions open, which would complain of it when Python ends.
-        sessions = [each for each in gc.get_objects() if isinstance(each, sys.modules["aiohttp"].ClientSession)]
+        sessions = [each for each in gc.get_objects() if issubclass(type(each), sys.modules["aiohttp"].ClientSession)]
         for session in sessions:
             session.detach()
 
@@ -132,7 +155,7 @@ class Schema:
         return self._run(
             "SELECT c.relname, c.relkind, c.relchecks, a.attname, a.atttypid, a.atttypmod, a.attnotnull, "
             "(SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid), "
-            "(SELECT count(*) FROM pg_proc p WHERE p.pronamespace = c.relnamespace) "
+            f"(SELECT count(*) FROM pg_proc WHERE pronamespace = '{self.name}'::regnamespace) "
             "FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped AND a.attnum > 0 "
             f"WHERE c.relnamespace = '{self.name}'::regnamespace ORDER BY c.relname, a.attnum"
         )

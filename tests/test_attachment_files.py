@@ -115,6 +115,7 @@ def test_an_mp3_without_tags_is_one(start: bytes):
         ("drawing.svg", b"<svg/>", "image/svg+xml"),
         ("program.ts", b"let a = 1", "text/plain"),
         ("film.mp4", b"not a film", "text/plain"),
+        ("song.mp3", b"no signature", "audio/mpeg"),
         ("data.csv.gz", b"not packed", "text/plain"),
         ("README", b"\xef\xbb\xbfHello", "text/plain"),
         ("greeting.xyz123", "Grüße".encode(), "text/plain"),
@@ -166,6 +167,30 @@ def test_a_file_can_be_given_in_many_ways(tmp_path: Path, given: str):
 @pytest.mark.parametrize("given", [PNG, bytearray(PNG), memoryview(PNG), io.BytesIO(PNG), data_url("image/png", PNG)])
 def test_a_file_needs_no_name(given: Any):
     assert (only(given).content, only([PNG]).filename) == (PNG, None)
+
+
+def test_a_tuple_of_two_is_two_files_unless_it_is_a_name_and_bytes(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"Hello")
+    path = str(tmp_path / "a.txt")
+
+    assert [each.content for each in attachments_of((PNG, PDF))] == [PNG, PDF]
+    assert [each.content for each in attachments_of((path, path))] == [b"Hello", b"Hello"]
+    assert [each.content for each in attachments_of((path, PNG, PDF))] == [b"Hello", PNG, PDF]
+    assert [each.content for each in attachments_of((path, PNG))] == [PNG]
+
+
+def test_an_attachment_is_taken_at_its_word_where_its_content_says_nothing():
+    raw = b"\x00\x01"
+    assert only(Attachment("Audio/MPEG; codecs=mp3", "a.png", raw)).media_type == "audio/mpeg"
+    assert only(Attachment("application/octet-stream", content=b"Hello")).media_type == "text/plain"
+    assert only(Attachment("text/csv", url="data:text/plain,a")).media_type == "text/csv"
+    assert only("data:text/html,a").media_type == "text/html"
+
+
+def test_an_attachment_keeps_its_address_beside_its_content():
+    given = Attachment("image/png", content=PNG, url="https://files.test/cat.png")
+    assert (only(given).content, only(given).url) == (PNG, given.url)
+    assert only(Attachment("", content=MP3, url=data_url("image/png", PNG))).content == MP3
 
 
 def test_no_files_are_none():
@@ -232,6 +257,8 @@ def test_an_address_that_does_not_say_what_is_there_can_be_told():
         attachments_of(url)
 
     assert only(Attachment("image/jpg", url=url)) == Attachment("image/jpeg", "picture", url=url)
+    assert only(Attachment("", "cat.png", url=url)) == Attachment("image/png", "cat.png", url=url)
+    assert only(Attachment("image/png", url="https://files.test/")).filename is None
 
 
 @pytest.mark.parametrize(
@@ -265,7 +292,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda folder: folder / "none.png", r"there is no file '.*none\.png'"),
     "a folder": (lambda folder: str(folder), r"'.*' is a folder"),
     "a pipe": (lambda folder: os.mkfifo(folder / "pipe") or folder / "pipe", r"'.*pipe' is not a file"),
-    "no path": (lambda folder: "a\x00b", r"cannot read 'a\\x00b'"),
+    "no path": (lambda folder: "a\x00b", r"cannot read 'a\\x00b': embedded null byte"),
     "a long text": (lambda folder: "What is this? " * 500, r"cannot read 'What.*….*': File name too long"),
     "empty": (lambda folder: ("empty.txt", b""), r"'empty\.txt' is empty"),
     "empty, without a name": (lambda folder: [PNG, b""], r"a file without a name is empty"),
@@ -277,6 +304,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a closed file": (lambda folder: closed(), "cannot read a file without a name: .*closed"),
     "an upload": (lambda folder: Upload(), r"async: give \(filename, await file\.read\(\)\)"),
     "no file": (lambda folder: [None], r"cannot send None \(NoneType\): a file is given as"),
+    "a tuple of tuples": (lambda folder: [("a.png", "b.png")], r"cannot send \('a\.png', 'b\.png'\) \(tuple\)"),
     "a number": (lambda folder: 7, r"cannot send 7 \(int\)"),
     "sound by address": (lambda folder: "https://files.test/a.mp3", r"a\.mp3' is audio/mpeg: by address, only"),
     "text by address": (lambda folder: "https://files.test/a.html", r"a\.html' is text/html: by address, only"),
@@ -496,10 +524,18 @@ def test_a_reference_to_an_address_is_still_shown():
     assert parts_of([attachment]) == [{"type": "image_url", "image_url": {"url": "https://files.test/cat.png"}}]
 
 
-def test_what_no_model_takes_is_told_in_words():
-    (told,) = parts_of([Attachment("audio/pcm", content=b"\x00\x00", size=2)])
+@pytest.mark.parametrize(
+    ("attachment", "why"),
+    [
+        (Attachment("audio/pcm", content=b"\x00\x00", size=2), "it cannot be shown"),
+        (Attachment("application/octet-stream", content=b"??", size=2), "it cannot be shown"),
+        (Attachment("audio/wav", url="https://files.test/a.wav", size=2), "its content was not kept"),
+    ],
+)
+def test_what_no_model_takes_is_told_in_words(attachment: Attachment, why: str):
+    (told,) = parts_of([attachment])
 
-    assert told["text"] == "[File without a name (audio/pcm, 2 bytes) came with this message; it cannot be shown.]"
+    assert told["text"] == f"[File without a name ({attachment.media_type}, 2 bytes) came with this message; {why}.]"
 
 
 def test_anthropic_is_told_of_sound_which_litellm_would_leave_out(provider: Provider):
@@ -608,7 +644,18 @@ def test_sound_and_pictures_in_one_message():
     assert [each.filename for each in made_by_model(message)] == ["image_1.png", "audio_1.mp3"]
 
 
-@pytest.mark.parametrize("message", [Said(), Said(images=None, audio=None), Said(images=[], audio={}), None, "text"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        Said(),
+        Said(images=None, audio=None),
+        Said(images=[], audio={}),
+        Said(audio={"data": 7}),
+        Said(audio={"data": "", "expires_at": 7}),
+        None,
+        "text",
+    ],
+)
 def test_a_message_without_files_has_none(message: Any):
     assert made_by_model(message) == []
 
@@ -622,6 +669,17 @@ def test_base64_cut_into_pieces_anywhere_is_put_together():
     assert [each.content for each in made.attachments()] == [WAV]
 
 
+def test_a_picture_is_of_the_type_that_is_said_where_its_content_says_nothing():
+    urls = [data_url("image/avif", b"\x00"), data_url("", b"\x00")]
+
+    made = made_by_model(Said(images=[{"url": url} for url in urls]))
+
+    assert [(each.media_type, each.filename, each.content) for each in made] == [
+        ("image/avif", "image_1", b"\x00"),
+        ("application/octet-stream", "image_2", b"\x00"),
+    ]
+
+
 def test_a_picture_by_address_keeps_it():
     item = {"image_url": {"url": "https://files.test/cat.png?key=1"}}
 
@@ -630,6 +688,7 @@ def test_a_picture_by_address_keeps_it():
     ]
     (unknown,) = made_by_model(Said(images=["https://files.test/7"]))
     assert (unknown.media_type, unknown.url) == ("image/*", "https://files.test/7")
+    assert replayed_images([unknown]) == [{"type": "image_url", "image_url": {"url": "https://files.test/7"}}]
 
 
 @pytest.mark.parametrize(
@@ -637,7 +696,7 @@ def test_a_picture_by_address_keeps_it():
     [
         ([{"image_url": {"url": "data:image/png;base64,???"}}], "data:image/png;base64,???"),
         ([{"image_url": "iVBORw0KGgo"}], "iVBORw0KGgo"),
-        ("no list", "no list"),
+        ("no list, no address", "no list, no address"),
         ([Said(image_url=Said(url="odd"))], "odd"),
         ([{"b64_json": "AAAA"}], "{'b64_json': 'AAAA'}"),
         ([None, 7], "7"),
@@ -677,3 +736,4 @@ def test_pictures_go_back_to_gemini(provider: Provider):
         {"inline_data": {"mime_type": "image/png", "data": encoded(PNG)}},
     ]
     assert json.dumps(replayed_images(made)).count("base64") == 1
+    assert replayed_images(map(reference_only, made)) == []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .script import Answer, Wanted, sse
+from .script import Answer, Wanted, encoded, sse
 
 NAME = "gemini"
 REQUEST_ID_HEADER = "x-request-id"
@@ -33,13 +33,13 @@ def render_body(answer: Answer, wanted: Wanted) -> dict[str, Any]:
         parts.append({"text": answer.thinking, "thought": True})
     if answer.text:
         parts.append(_signed({"text": answer.text}, None if answer.tool_calls else answer.signature))
-    return _chunk(answer, wanted, parts + _call_parts(answer), last=True)
+    return _chunk(answer, wanted, parts + _file_parts(answer) + _call_parts(answer), last=True)
 
 
 def render_events(answer: Answer, wanted: Wanted) -> list[bytes]:
     parts = [{"text": piece, "thought": True} for piece in answer.split(answer.thinking or "")]
     parts += [{"text": piece} for piece in answer.split(answer.text)]
-    parts += _call_parts(answer)
+    parts += _file_parts(answer) + _call_parts(answer)
     last = _signed({"text": ""}, None if answer.tool_calls else answer.signature)
     chunks = [_chunk(answer, wanted, [part]) for part in parts] + [_chunk(answer, wanted, [last], last=True)]
     return [sse(chunk) for chunk in chunks]
@@ -55,6 +55,12 @@ def render_error(status: int, message: str, retry_after: float | None = None) ->
 
 def render_error_event(status: int, message: str) -> bytes:
     return sse(render_error(status, message))
+
+
+def _file_parts(answer: Answer) -> list[dict[str, Any]]:
+    files = [("image/png", image) for image in answer.images]
+    files += [("audio/L16;codec=pcm;rate=24000", answer.audio)] if answer.audio is not None else []
+    return [{"inlineData": {"mimeType": media_type, "data": encoded(content)}} for media_type, content in files]
 
 
 def _call_parts(answer: Answer) -> list[dict[str, Any]]:

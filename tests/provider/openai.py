@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .script import Answer, Wanted, sse
+from .script import Answer, Wanted, encoded, sse
 
 NAME = "openai"
 REQUEST_ID_HEADER = "x-request-id"
@@ -21,6 +21,8 @@ def parse_request(path: str, body: dict[str, Any]) -> Wanted:
 
 def render_body(answer: Answer, wanted: Wanted) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text or None, "refusal": None}
+    if answer.audio is not None:
+        message |= {"content": None, "audio": {"id": "audio_1", "expires_at": CREATED, **_sound(answer)}}
     if answer.thinking:
         message["reasoning_content"] = answer.thinking
     if answer.tool_calls:
@@ -42,9 +44,15 @@ def render_events(answer: Answer, wanted: Wanted) -> list[bytes]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return sse({**envelope, "choices": [choice]})
 
-    events = [event({"role": "assistant", "content": "" if answer.text else None, "refusal": None})]
+    opens_with_text = answer.text and answer.audio is None
+    events = [event({"role": "assistant", "content": "" if opens_with_text else None, "refusal": None})]
     events += [event({"reasoning_content": piece}) for piece in answer.split(answer.thinking or "")]
-    events += [event({"content": piece}) for piece in answer.split(answer.text)]
+    if answer.audio is None:
+        events += [event({"content": piece}) for piece in answer.split(answer.text)]
+    else:
+        sound = _sound(answer)
+        events += [event({"audio": {"id": "audio_1", "transcript": piece}}) for piece in answer.split(answer.text)]
+        events += [event({"audio": {"data": piece}}) for piece in answer.split(sound["data"])]
     for index, call in enumerate(answer.tool_calls):
         function = {"name": call.name, "arguments": ""}
         events.append(
@@ -78,6 +86,10 @@ def _envelope(answer: Answer, wanted: Wanted, kind: str) -> dict[str, Any]:
         "service_tier": "default",
         "system_fingerprint": "fp_test",
     }
+
+
+def _sound(answer: Answer) -> dict[str, Any]:
+    return {"data": encoded(answer.audio or b""), "transcript": answer.text}
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a test asks the provider to say, in no provider's format."""
 
+import base64
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +28,8 @@ class Answer:
 
     `input_tokens` counts the whole prompt, cache reads and writes included; `output_tokens` counts thinking too.
     `chunks` is how many pieces the text, the thinking and each call's arguments are streamed in. Without `usage`
-    no token count is sent (Anthropic always sends one). OpenAI's format has no signature and no cache writes.
+    no token count is sent (Anthropic always sends one). OpenAI's format has no signature and no cache writes. Only
+    Gemini's format has pictures, and sound, which OpenAI's has too: there the text is what is said in it.
     """
 
     text: str = ""
@@ -35,6 +37,8 @@ class Answer:
     signature: str | None = None
     redacted_thinking: str | None = None
     tool_calls: tuple[Call, ...] | list[Call] = ()
+    images: tuple[bytes, ...] | list[bytes] = ()
+    audio: bytes | None = None
     input_tokens: int = 10
     output_tokens: int = 5
     cached_tokens: int = 0
@@ -63,6 +67,10 @@ class Wanted:
     model: str
     stream: bool
     stream_usage: bool = True
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def sse(data: object, event: str | None = None) -> bytes:
