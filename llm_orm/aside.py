@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from .errors import TurnCancelled
@@ -21,6 +21,9 @@ T = TypeVar("T")
 log = logging.getLogger("llm_orm")
 
 _STOPPED, _END = object(), object()
+
+LOOK_EVERY_S = 0.5
+"""How often a thread that waits looks whether Python has a signal for it."""
 
 
 class Interrupt:
@@ -112,7 +115,7 @@ class Aside(Generic[T]):
 
         self._is_waiting = True
         self._worker.tasks.put(task)
-        result = self._results.get()
+        result = self._result()
         if result is _STOPPED:
             raise TurnCancelled()
         self._is_waiting = False
@@ -120,6 +123,13 @@ class Aside(Generic[T]):
         if error is not None:
             raise error
         return value
+
+    def _result(self) -> Any:
+        while True:
+            try:
+                return self._results.get(timeout=LOOK_EVERY_S)
+            except Empty:
+                continue  # a Ctrl-C that came right before this wait, or on Windows in it, is heard of now
 
     def _close_quietly(self, generator: Generator[T]) -> None:
         try:
@@ -144,7 +154,8 @@ class _Worker:
 
 
 _idle: list[_Worker] = []
-os.register_at_fork(after_in_child=_idle.clear)  # threads do not live on in a forked process
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_idle.clear)  # threads do not live on in a forked process
 
 
 def _worker() -> _Worker:

@@ -14,10 +14,10 @@ import peewee as pw
 from .attachments import reference_only
 from .errors import AwaitsApproval, ChatBusy, ChatGone, InvalidValue, NothingToResume, NothingToRetry, WrongSetup
 from .middleware import methods_of, stored
-from .records import LlmToolCall, TimeField, now
+from .records import LlmMessage, LlmToolCall, TimeField, now
 from .rows import Rows, kept_arguments
 from .statements import Sql
-from .values import Attachment, Message, ToolCall, Usage, as_json, as_uuid
+from .values import Attachment, Message, Reply, ToolCall, Usage, as_uuid
 
 log = logging.getLogger("llm_orm")
 
@@ -65,8 +65,8 @@ class Progress:
     """Those that were running when their process died."""
     rounds: int = 0
     next_round: int = 0
-    has_last_word: bool = False
-    """Whether its reply is there, and only had to be said to be so."""
+    last_word: Reply | None = None
+    """Its reply, where that is there already, and was only to be looked at."""
     call_ids: frozenset[str] = frozenset()
     provider: str = ""
     """Who said what it said."""
@@ -191,69 +191,77 @@ class Claim:
 
     def _take_over(self) -> list[tuple] | None:
         """Take a turn that was parked, or whose process died; None where it is alive, or another was faster."""
-        found = self.store.read(self.sql.unfinished_turn(self.chat_id))
-        if not found:
-            raise NothingToResume(f"chat {self.chat_id} has no unfinished turn: use ask(), or retry()")
-        message_id, position, parked, seen, content, raw, provider, opened_at, *tokens = found[0]
-        rows = self.rows
-        rows.message_id, rows.position = as_uuid(message_id), position
+        message = self._find_unfinished()
+        parked, seen = message.parked_at, message.updated_at
         if parked is None and age_of(seen) < self.setting.options.stale_after:
             return None
-        has_rows = self._keeps_calls or parked is not None
-        calls = self.store.read(self.sql.tool_calls_of(rows.message_id)) if has_rows else []
-        self._check_decided(calls)
-        self._read_progress(calls, as_json(raw) or {}, provider, content)
-        rows.opened_at = TimeField().python_value(opened_at)
-        input_tokens, output_tokens, cached_tokens, thinking_tokens = (count or 0 for count in tokens)
-        rows.usage = Usage(input_tokens, output_tokens, cached_tokens, thinking_tokens=thinking_tokens)
-        self._find_question(position)
-        mark = "updated_at" if parked is None else "parked_at"
-        as_seen = {mark: Sql(self.sql.param, (seen if parked is None else parked,))}
+        calls = self._calls_of(message) if self._keeps_calls or parked is not None else []
+        self._check_decided(message, calls)
+        self._read_progress(message, calls)
+        self._find_question(message.position)
+        mark = {"updated_at": seen} if parked is None else {"parked_at": parked}
         alive = {"parked_at": None, "cancelled_at": None, "updated_at": now()}
-        taken = self.store.transact(
-            self.sql.update(
-                self.store.records.message, alive, returning="id", id=rows.message_id, status="pending", **as_seen
-            )
-        )
-        if not taken:
-            return None
-        return self.store.read(self.sql.messages_after(self.chat_id, self.position))
+        ours = {"id": message.id, "status": "pending", **mark}
+        taken = self.store.transact(self.sql.update(self.store.records.message, alive, returning="id", **ours))
+        return self.store.read(self.sql.messages_after(self.chat_id, self.position)) if taken else None
+
+    def _find_unfinished(self) -> LlmMessage:
+        record: Any = self.store.records.message
+        with self.store.connection():
+            message = record.select().where(record.chat == self.chat_id, record.status == "pending").first()
+        if message is None:
+            raise NothingToResume(f"chat {self.chat_id} has no unfinished turn: use ask(), or retry()")
+        return message
+
+    def _calls_of(self, message: LlmMessage) -> list[LlmToolCall]:
+        record: Any = self.store.records.tool_call
+        with self.store.connection():
+            calls = record.select().where(record.message == message.id)
+            return list(calls.order_by(record.round, record.position))
 
     @property
     def _keeps_calls(self) -> bool:
         return self.setting.options.stores_tool_calls
 
-    def _check_decided(self, calls: list[tuple]) -> None:
-        for call_id, name, *_, status, approval, _, _ in calls:
-            if approval == "required":
-                raise self._awaits_approval(self.rows.message_id)
-            if approval == "approved" and status == "pending" and name not in self.setting.options.toolbox.by_name:
+    def _check_decided(self, message: LlmMessage, calls: list[LlmToolCall]) -> None:
+        known = self.setting.options.toolbox.by_name
+        for call in calls:
+            if call.approval == "required":
+                raise self._awaits_approval(message.id)
+            if call.approval == "approved" and call.status == "pending" and call.name not in known:
                 raise InvalidValue(
-                    f"the call {call_id!r} of the tool {name!r} was approved, and this chat has no tool of that name: "
-                    "give tools=[…] to load_chat() before you resume()"
+                    f"the call {call.tool_call_id!r} of the tool {call.name!r} was approved, and this chat has no tool "
+                    "of that name: give tools=[…] to load_chat(), or to the agent's class, before you resume()"
                 )
 
-    def _read_progress(self, calls: list[tuple], raw: Any, provider: str | None, content: str | None) -> None:
-        rows = self.rows
-        rows.rounds, rows.writer = raw.get("rounds") or [], provider or ""
-        rows.attachments = raw.get("attachments") or 0
-        rows.results = {row[0]: row[7] for row in calls if row[7] is not None} or raw.get("results") or {}
-        asked = {row[0]: ToolCall(row[0], row[1], row[2], row[3]) for row in calls}
-        denied = {row[0] for row in calls if row[6] == "denied"}
+    def _read_progress(self, message: LlmMessage, calls: list[LlmToolCall]) -> None:
+        rows, raw, provider = self.rows, message.content_raw or {}, message.provider or ""
+        rows.message_id, rows.position, rows.opened_at = message.id, message.position, message.created_at
+        rows.rounds, rows.writer, rows.attachments = raw.get("rounds") or [], provider, raw.get("attachments") or 0
+        rows.usage = Usage(
+            message.input_tokens or 0,
+            message.output_tokens or 0,
+            message.cached_tokens or 0,
+            thinking_tokens=message.thinking_tokens or 0,
+        )
+        results = {call.tool_call_id: call.result for call in calls if call.result is not None}
+        rows.results = results or raw.get("results") or {}
+        asked = {call.tool_call_id: _as_asked(call) for call in calls}
+        denied = {call.tool_call_id for call in calls if call.approval == "denied"}
         rows.open_calls = {key: call for key, call in asked.items() if key not in rows.results or key in denied}
         last = rows.rounds[-1].get("tool_calls") or [] if rows.rounds else []
-        running = {row[0] for row in calls if row[5] == "running"}
+        running = {call.tool_call_id for call in calls if call.status == "running"}
         if not self._keeps_calls:  # nobody wrote which of them were started
             running = {call["id"] for call in last} - set(rows.results)
         self.progress = Progress(
             calls=tuple(asked.get(call["id"]) or _parsed(call) for call in last),
-            approved=frozenset(row[0] for row in calls if row[6] == "approved"),
+            approved=frozenset(call.tool_call_id for call in calls if call.approval == "approved"),
             interrupted=frozenset(running),
-            next_round=max((row[4] for row in calls), default=len(rows.rounds) - 1) + 1,
-            has_last_word=not last and bool(rows.rounds or content),
-            rounds=sum(1 for message in rows.rounds if message.get("tool_calls")),
+            rounds=sum(1 for said in rows.rounds if said.get("tool_calls")),
+            next_round=max((call.round for call in calls), default=len(rows.rounds) - 1) + 1,
+            last_word=None if last or not (rows.rounds or message.content) else _reply_in(message, rows.rounds),
             call_ids=frozenset(asked),
-            provider=provider or "",
+            provider=provider,
         )
 
     def _find_question(self, position: int) -> None:
@@ -298,6 +306,21 @@ class Claim:
 def age_of(seen: Any) -> float:
     """Seconds since a sign of life. The clocks of two machines differ: one from the future is one from now."""
     return max((now() - TimeField().python_value(seen)).total_seconds(), 0.0)
+
+
+def _as_asked(call: LlmToolCall) -> ToolCall:
+    return ToolCall(call.tool_call_id, call.name, call.arguments, call.thought_signature)
+
+
+def _reply_in(message: LlmMessage, rounds: list[Message]) -> Reply:
+    return Reply(
+        content=message.content,
+        thinking=message.thinking_text,
+        thinking_signature=message.thinking_signature,
+        message=rounds[-1] if rounds else {"role": "assistant", "content": message.content},
+        model=message.model_id or "",
+        provider=message.provider or "",
+    )
 
 
 def _parsed(call: Message) -> ToolCall:

@@ -1,7 +1,9 @@
 """What goes on beside the turns of a process: they are said to be alive, and told when somebody wants them stopped."""
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,11 @@ class Heart:
         self._cancelled = cancelled
         self._every_s = every_s
         self._look_every_s = min(look_every_s, every_s)
+        self.reset()
+        _hearts.add(self)
+
+    def reset(self) -> None:
+        """Begin anew, with no turn: in a forked process there is no thread, and the turns are the parent's."""
         self._turns: dict[UUID, Callable[[], None]] = {}
         self._busy = threading.Event()
         self._stopped = threading.Event()
@@ -42,7 +49,7 @@ class Heart:
         """For as long as a turn runs. `stop` is called, from another thread, where somebody wants it to end."""
         self._turns[message_id] = stop
         self._busy.set()
-        if self._thread is None or not self._thread.is_alive():  # it does not live on in a forked process
+        if self._thread is None:
             self._start()
         try:
             yield
@@ -61,7 +68,7 @@ class Heart:
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="llm_orm heart", daemon=True)
                 self._thread.start()
 
@@ -91,3 +98,15 @@ class Heart:
             # A missed beat harms nobody, and the next may succeed: the turns themselves report a dead database.
             log.warning(f"could not {what}: %s", len(turns), error)
             return ()
+
+
+_hearts: "weakref.WeakSet[Heart]" = weakref.WeakSet()
+
+
+def _reset_all() -> None:
+    for heart in list(_hearts):
+        heart.reset()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_reset_all)

@@ -75,7 +75,7 @@ def fork(
     """A new chat's row, with copies of the settled messages up to one, their tool calls and files; one transaction."""
     records: Any = store.records
     message, chat_id = records.message, uuid7()
-    with store.connection(), store.database.atomic("IMMEDIATE") if store.is_sqlite else store.database.atomic():
+    with store.transaction():
         original = _there(records.chat, chat.id, "chat")
         own = _there(records.agent_session, session.id, "session") if session is not None else None
         rows = list(

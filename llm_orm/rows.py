@@ -211,12 +211,6 @@ class Rows:
             unfinished = [self.store.statements.interrupt_tool_calls(id=self.message_id), *self._closed(calls)]
         return self._settle_as(reply, "completed", *self._made(reply), *unfinished)
 
-    def finish_as_stored(self) -> LlmMessage:
-        """Say of a reply that is there already, whole, that it is the turn's."""
-        self._write(Reply(), self._update_message({"status": "completed", "updated_at": now()}))
-        self.is_settled = True
-        return self._message_as_stored()
-
     def take_back(self) -> None:
         """Forget what the model said last; something else takes its place."""
         if self.rounds and not self.rounds[-1].get("tool_calls"):

@@ -94,7 +94,7 @@ class AgentSession(Chat):
         changes = stored_metadata(dict(changes))
         record: Any = self.store.records.agent_session
         wanted = record.select().where(record.id == self.id)
-        with self.store.connection(), _transaction(self.store):
+        with self.store.transaction():
             # What another process merged in meanwhile stays: its row is read under the lock.
             session = (wanted if self.store.is_sqlite else wanted.for_update()).first()
             if session is None:
@@ -194,7 +194,7 @@ def create_agent_session(
     if not isinstance(metadata, Mapping | None):
         raise InvalidValue(f"the metadata of a session must be a dict, which functions get as inputs, not {metadata!r}")
     kept, name = stored_metadata(metadata and dict(metadata)), agent_class.stored_name()
-    with store.connection(), clear_about(call, columns), _transaction(store):
+    with clear_about(call, columns), store.transaction():
         record = store.records.chat.create(id=uuid7(), **overrides, **columns)
         session = store.records.agent_session.create(id=uuid7(), agent_class=name, chat=record, metadata=kept)
     return AgentSession(store, record, session, behaviour)
@@ -275,8 +275,3 @@ def _understood(
     columns = columns_of(store, call, keywords, known)
     ours = {name: value for name, value in keywords.items() if name in OF_THE_PROCESS}
     return columns, Behaviour(agent_class, ours)
-
-
-def _transaction(store: Store) -> Any:
-    # SQLite refuses to upgrade a read into a write, so a transaction takes the lock when it begins.
-    return store.database.atomic("IMMEDIATE") if store.is_sqlite else store.database.atomic()

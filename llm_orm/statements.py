@@ -181,16 +181,6 @@ class Statements:
             (message_id.hex,),
         )
 
-    def unfinished_turn(self, chat_id: UUID) -> Sql:
-        """(id, position, parked_at, updated_at, content, content_raw, provider, created_at, and four token counts) of
-        the message that a turn is working on, or was."""
-        return Sql(
-            "SELECT id, position, parked_at, updated_at, content, content_raw, provider, created_at, "
-            "input_tokens, output_tokens, cached_tokens, thinking_tokens "
-            f"FROM {_table(self.records.message)} WHERE chat_id = {self.param} AND status = 'pending'",
-            (chat_id.hex,),
-        )
-
     def message_at(self, chat_id: UUID, position: int) -> Sql:
         """(id, role, status)"""
         return Sql(

@@ -7,6 +7,7 @@ become ours here.
 import asyncio
 import contextvars
 import functools
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -75,6 +76,7 @@ class Store:
         self._is_ours = is_ours
         self._threads = threads
         self._executor: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     def __repr__(self) -> str:
         return f"<Store {described(self.database)}>"
@@ -111,6 +113,8 @@ class Store:
         """
         if self._is_closed:
             raise StoreClosed(f"{self!r} was closed: connect() again")
+        if self._process != os.getpid():
+            self._begin_anew()
         database = self.database
         opened = database.is_closed()
         if opened and is_lost_when_closed(database):
@@ -157,6 +161,13 @@ class Store:
                 raise
             return rows
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """A transaction for the block, on a connection as of `connection()`; in one of the caller's, a part of it."""
+        # SQLite refuses to upgrade a read into a write, so a transaction takes the lock when it begins.
+        with self.connection(), self.database.atomic("IMMEDIATE") if self.is_sqlite else self.database.atomic():
+            yield
+
     def read(self, statement: Sql) -> list[tuple]:
         """Run one query, in no transaction of its own."""
         with self.connection():
@@ -193,6 +204,8 @@ class Store:
 
     async def off_the_loop(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run database code on a thread of the store's own, to its end even if the caller is cancelled."""
+        if self._process != os.getpid():
+            self._begin_anew()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="llm_orm")
         run = functools.partial(contextvars.copy_context().run, function, *arguments)
@@ -227,6 +240,14 @@ class Store:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _begin_anew(self) -> None:
+        """In a forked process: the threads are gone, and the connections are the parent's to use and to close."""
+        self._process, self._executor = os.getpid(), None
+        database: Any = self.database
+        if self._is_ours and database.database != ":memory:":
+            _connections_of_parents.append((database._connections, database._in_use))
+            database.dispose()
+
     def _beat(self, message_ids: list[Any]) -> None:
         self.transact(self.statements.beat(message_ids))
 
@@ -250,6 +271,9 @@ class Store:
             return InvalidDatabase(f"{described(self.database)} cannot be opened: {text}")
         return None
 
+
+_connections_of_parents: list[Any] = []
+"""Kept, for what nothing refers to is closed."""
 
 _MISSING = re.compile(r"no such (table|column)|has no column named")
 _MISSING_CODES = ("42P01", "42703", "3F000")

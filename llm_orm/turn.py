@@ -186,7 +186,7 @@ class Turn:
                 if not isinstance(directive, RETRY) or error is not self.failed_call:
                     raise
                 yield from self._send_back(directive.message, self.rows.received)
-                progress = None
+                progress, self.number = None, self.number + 1
 
     def _converse(self) -> Flow:
         while True:
@@ -199,10 +199,11 @@ class Turn:
             if done is not None:
                 return done
 
-    def _last_word(self, reply: Reply) -> Generator[Effect, Any, LlmMessage | None]:
+    def _last_word(self, reply: Reply, *, is_saved: bool = False) -> Generator[Effect, Any, LlmMessage | None]:
         """Make a reply that asks for nothing the turn's; None where the model was sent back."""
         if self._is_watched:
-            self.rows.save(reply, (), self.number, 0)
+            if not is_saved:
+                self.rows.save(reply, (), self.number, 0)
             try:
                 reviewed, directive = yield from self._review(reply)
             except BaseException:
@@ -281,13 +282,15 @@ class Turn:
         rows = self.rows
         self.tool_rounds, self.call_ids = progress.rounds, set(progress.call_ids)
         self.number = progress.next_round
-        if progress.has_last_word:
-            return rows.finish_as_stored()
         files = rows.files([rows.message_id]).get(rows.message_id, []) if rows.attachments else []
         for message, made in zip(rows.rounds, files_of_rounds(rows.rounds, files), strict=True):
-            self._say(with_files_made(message, made), writer=progress.provider)
+            if progress.last_word is None or message is not rows.rounds[-1]:
+                self._say(with_files_made(message, made), writer=progress.provider)
             if message is not rows.rounds[-1]:
                 self._say_results([ToolCall(call["id"], "", "") for call in message.get("tool_calls") or ()])
+        if progress.last_word is not None:
+            rows.received = progress.last_word
+            return (yield from self._last_word(progress.last_word, is_saved=True))
         unknown = [call for call in progress.calls if call.id in progress.interrupted]
         toolbox = self.setting.options.toolbox
         for call in unknown:

@@ -318,7 +318,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def asleep(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr("llm_orm.play.time.sleep", waited.append)
+    monkeypatch.setattr("llm_orm.aside.Interrupt.sleep", lambda self, seconds: waited.append(seconds))
     monkeypatch.setattr("llm_orm.play.asyncio.sleep", asleep)
     return waited
 
