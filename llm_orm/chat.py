@@ -188,8 +188,8 @@ class Chat(Configurable):
     def cancel(self) -> bool:
         """Stop the chat's running turn, from any thread or process; whether there was one.
 
-        It ends within a second, by `on_error`, and its caller gets `TurnCancelled`; a plain tool that is running is let
-        finish first. A turn that waits for approval ends at once.
+        It ends within a second, by `on_error`, and its caller gets `TurnCancelled`; a plain tool that runs
+        alone in `ask` is let finish first, others run on unheard. A turn that waits for approval ends at once.
         """
         return cancel(self.store, self.chat_id, self.options, self._kept)
 

@@ -424,8 +424,12 @@ class Call:
 
     def _take(self, response: Any) -> None:
         with self._lock:
-            if not self._is_over:
-                self.received.take(response)
+            is_late = self._is_over
+            if is_late:
+                self.received = Received(self.request.taken_call_ids)
+            self.received.take(response)
+        if is_late and self.request.on_late is not None:
+            self.request.on_late(self._ended(None))
 
     def _finish(self, response: Any) -> None:
         with self._lock:

@@ -11,6 +11,8 @@ from uuid import UUID
 
 BEAT_EVERY_S = 5.0
 LOOK_EVERY_S = 0.5
+LAST_BEAT_S = 30.0
+"""How long a beat that has begun is waited for when a store is closed."""
 
 log = logging.getLogger("llm_orm")
 
@@ -63,8 +65,11 @@ class Heart:
             stop()
 
     def stop(self) -> None:
+        """End the thread; it is waited for: to close a database under a statement of its own ends the process."""
         self._stopped.set()
         self._busy.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(LAST_BEAT_S)
 
     def _start(self) -> None:
         with self._lock:
@@ -85,19 +90,23 @@ class Heart:
             self._look(turns)
             if silent_s >= self._every_s:
                 silent_s = 0.0
-                self._try("tell the database that %d turns are alive", self._beat, turns)
+                self._say_alive(turns)
 
     def _look(self, turns: list[UUID]) -> None:
-        for message_id in self._try("ask whether %d turns are to be stopped", self._cancelled, turns):
+        try:
+            cancelled = self._cancelled(turns)
+        except Exception as error:
+            log.debug("could not ask whether %d turns are to be stopped: %s", len(turns), error)
+            return
+        for message_id in cancelled:
             self.cancel(message_id)
 
-    def _try(self, what: str, function: Callable[[list[UUID]], Any], turns: list[UUID]) -> Any:
+    def _say_alive(self, turns: list[UUID]) -> None:
         try:
-            return function(turns) or ()
+            self._beat(turns)
         except Exception as error:
             # A missed beat harms nobody, and the next may succeed: the turns themselves report a dead database.
-            log.warning(f"could not {what}: %s", len(turns), error)
-            return ()
+            log.warning("could not tell the database that %d turns are alive: %s", len(turns), error)
 
 
 _hearts: "weakref.WeakSet[Heart]" = weakref.WeakSet()

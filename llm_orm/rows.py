@@ -4,6 +4,7 @@ What was paid for is written before anything else happens that may fail, and wha
 in the error.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,8 @@ class Rows:
     """What the model said last, whole or in part."""
     request_id: UUID = field(default_factory=uuid7)
     """Of the last call's row: written twice, where it is not known whether it was, it is there once."""
+    late: tuple[UUID, Answer] | None = None
+    """The answer to a call that was given up before it came."""
     unrecorded: Attempt | None = None
     """A call whose request row is not known to be written."""
     open_calls: dict[str, ToolCall] = field(default_factory=dict)
@@ -75,7 +78,7 @@ class Rows:
 
     def ended(self, attempt: Attempt) -> None:
         """Take note of a call that has ended: from here on it cannot be lost."""
-        self.request_id, self.unrecorded = uuid7(), attempt
+        self.unrecorded = attempt
         self.received = attempt.answer.reply
         self._now_called(attempt.answer.reply.provider)
         self.usage = _sum(self.usage, attempt.answer.reply.usage)
@@ -86,6 +89,29 @@ class Rows:
             self.rounds = [{"written_by": self.writer, **message} for message in self.rounds]
         self.writer = provider
 
+    def expect_late(self) -> Callable[[Answer], None]:
+        """Begin a call: what takes its answer, from another thread, where it comes when the turn is over."""
+        self.request_id = uuid7()
+        return functools.partial(self._amend, self.request_id)
+
+    def _amend(self, request_id: UUID, answer: Answer) -> None:
+        """Put what the call did cost in the place of what it was thought to."""
+        self.late = request_id, answer
+        usage = answer.reply.usage
+        columns = {
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+            "thinking_tokens": usage.thinking_tokens,
+            "usage_estimated": usage.estimated,
+            "cost": answer.reply.cost,
+            "finish_reason": answer.reply.finish_reason,
+            "provider_request_id": answer.reply.provider_request_id,
+        }
+        if self.setting.options.stores_requests:
+            self.store.transact(self.store.statements.update(self.store.records.request, columns, id=request_id))
+
     def record(self) -> None:
         """Write the request row of a call in its own right. Nothing that goes wrong here hides how the call ended."""
         attempt, self.unrecorded = self.unrecorded, None
@@ -94,6 +120,8 @@ class Rows:
         answer = attempt.answer
         try:
             self.store.transact(self._request(attempt))
+            if self.late is not None:  # it came before there was a row to put it in
+                self._amend(*self.late)
         except Exception as problem:
             if answer.error is None:
                 raise ReplyNotSaved(

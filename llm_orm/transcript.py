@@ -65,9 +65,7 @@ class Transcript:
 
         provider    who is called: what another provider wrote is shown without that provider's own fields
         """
-        everything = [
-            as_shown_to(provider, writer, message) for _, writer, messages in self._rows for message in messages
-        ]
+        everything = self._as_shown_to(provider)
         # The last one is the question.
         chosen = [*limited(everything[:-1], history), *everything[-1:]]
         messages = [copied(message) for message in chosen]
@@ -82,12 +80,19 @@ class Transcript:
         provider: str | None = None,
     ) -> list[Message]:
         """What `shown` would be once this was said."""
-        everything = [
-            as_shown_to(provider, writer, message) for _, writer, messages in self._rows for message in messages
-        ]
+        everything = self._as_shown_to(provider)
         system = [{"role": "system", "content": instructions}] if instructions else []
         question = [{"role": "user", "content": message_content(text, files)}] if text or files else []
         return [*system, *limited(everything, history), *question]
+
+    def _as_shown_to(self, provider: str | None) -> list[Message]:
+        everything: list[Message] = []
+        for _, writer, messages in self._rows:
+            if len(messages) == 1 and len(messages[0]) == 2:  # a role and a text are the same to everybody
+                everything.append(messages[0])
+            else:
+                everything += [as_shown_to(provider, writer, message) for message in messages]
+        return everything
 
 
 def _is_settled(row: tuple) -> bool:
@@ -139,9 +144,11 @@ def limited(messages: list[Message], history: History) -> list[Message]:
         return messages
     if callable(history):
         return whole_rounds(history([copied(message) for message in messages]))
-    starts = [0, *(index for index, message in enumerate(messages) if message["role"] == "user"), len(messages)]
-    start = starts[max(-(history + 1), -len(starts))]
-    return [message for index, message in enumerate(messages) if index >= start or message["role"] == "system"]
+    start, left = len(messages), history
+    while start and left:
+        start -= 1
+        left -= messages[start]["role"] == "user"
+    return [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
 
 
 def whole_rounds(messages: list[Message]) -> list[Message]:

@@ -348,6 +348,7 @@ class Turn:
                 options=self.setting.options.for_completion(after_tools=self.tool_rounds > 0),
                 stream=self.stream,
                 taken_call_ids=frozenset(self.call_ids),
+                on_late=self.rows.expect_late(),
             )
         )
         self._log("round %d, attempt %d: %s", self.number, number, answer.status_code)

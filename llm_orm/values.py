@@ -313,3 +313,5 @@ class ModelRequest:
     stream: bool
     taken_call_ids: frozenset[str] = frozenset()
     """Ids of earlier tool calls of the turn; a provider that uses one again gets another for it."""
+    on_late: Callable[[Answer], None] | None = None
+    """Called from another thread with the answer to a call that was given up before it came."""

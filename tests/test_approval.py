@@ -398,21 +398,24 @@ def test_a_call_is_decided_once(store, first, second):
     assert everything(store) == before
 
 
-def test_of_two_people_who_decide_at_once_one_is_heard(store):
-    chat, together = parked(store), threading.Barrier(2, timeout=20)
-    (call,) = chat.pending_approvals()
+@pytest.mark.parametrize("first", [Chat.approve, Chat.deny])
+@pytest.mark.parametrize("second", [Chat.approve, Chat.deny])
+def test_of_two_people_who_decide_at_once_one_is_heard(store, first, second):
+    """The first decides between the second one's look at the calls and its word."""
+    chat = parked(store)
+    execute = store.database.execute_sql
 
-    def decide(what: Any) -> str:
-        together.wait()
-        try:
-            return what(again(chat), call).approval
-        except InvalidValue:
-            return "refused"
+    def execute_late(sql: str, *arguments: Any, **keywords: Any) -> Any:
+        if sql.startswith("UPDATE"):
+            del store.database.execute_sql
+            with ThreadPoolExecutor() as threads:
+                threads.submit(first, again(chat), "call_1").result()
+        return execute(sql, *arguments, **keywords)
 
-    with ThreadPoolExecutor() as threads:
-        heard = sorted(threads.map(decide, [Chat.approve, Chat.deny]))
-    assert heard[1] == "refused"
-    assert [row[2] for row in calls(store)] == heard[:1]
+    store.database.execute_sql = execute_late  # type: ignore[method-assign]
+    with pytest.raises(InvalidValue, match="decided by another at this moment"):
+        second(chat, "call_1")
+    assert [row[2] for row in calls(store)] == ["approved" if first is Chat.approve else "denied"]
 
 
 def test_a_call_that_was_denied_is_the_models_to_hear_of(store, resume):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -181,17 +182,20 @@ def read(chat: Chat, way: str, see: Callable[[Any], Any], **options: Any) -> Non
 
 
 class Watched(ScriptedLLM):
-    """A model that notices when its stream is hung up on; it says nothing after so many pieces."""
+    """A model that says two pieces, and nothing more, and notices when its stream is hung up on."""
 
-    def __init__(self, *script: Any):
+    def __init__(self, *script: Any, goes_on: threading.Event):
         super().__init__(*script)
-        self.read = 0
+        self.goes_on = goes_on
+        self.said = 0
         self.hung_up = threading.Event()
 
     def _stream(self, say: Say, keywords: dict[str, Any]) -> Iterator[Any]:
         try:
             for part in self._parts(say, keywords):
-                self.read += 1
+                if self.said == 2:
+                    self.goes_on.wait(60)
+                self.said += 1
                 yield part
         finally:
             self.hung_up.set()
@@ -199,7 +203,9 @@ class Watched(ScriptedLLM):
     async def _astream(self, say: Say, keywords: dict[str, Any]) -> Any:
         try:
             for part in self._parts(say, keywords):
-                self.read += 1
+                if self.said == 2:
+                    await asyncio.sleep(60)
+                self.said += 1
                 yield part
         finally:
             self.hung_up.set()
@@ -207,9 +213,9 @@ class Watched(ScriptedLLM):
 
 @pytest.mark.parametrize("way", STREAMS)
 @ON_ERROR
-def test_a_stream_is_stopped_between_two_pieces_and_the_provider_is_hung_up_on(store, way, on_error):
+def test_a_stream_is_stopped_between_two_pieces_and_the_provider_is_hung_up_on(store, way, never, on_error):
     """Nothing more is asked of the provider, who may take its time."""
-    llm = Watched("one two three four")
+    llm = Watched("one two three four", goes_on=never)
     chat = create_chat(store, model="test", llm=llm, on_error=on_error)
     seen: list[str] = []
 
@@ -221,7 +227,7 @@ def test_a_stream_is_stopped_between_two_pieces_and_the_provider_is_hung_up_on(s
     with pytest.raises(TurnCancelled):
         read(chat, way, see)
     assert llm.hung_up.is_set()
-    assert (llm.read, seen) == (2, ["one ", "two "])
+    assert (llm.said, seen) == (2, ["one ", "two "])
     assert messages(store) == ERASED + ([("assistant", "incomplete", "one two ")] if on_error == "keep" else [])
     assert rows(store, "request", "status_code", "output_tokens", "usage_estimated") == [(499, 2, True)]
     check_free(chat)
@@ -768,3 +774,30 @@ def test_a_provider_that_was_given_up_is_hung_up_on_when_it_speaks_again(sqlite_
     provider.release()
     provider.wait_until(lambda: provider.ledger[0].disconnected)
     wait_until(lambda: len(aside_module._idle) == idle + 1)
+
+
+def test_what_a_cancelled_call_did_cost_is_put_in_the_place_of_its_estimate_when_the_answer_comes_after_all(store):
+    answered = threading.Event()
+    slow = Say("Too late.", input_tokens=1000, output_tokens=500, until=answered)
+    llm = ScriptedLLM(slow, "Next.", input_cost_per_token="0.001", output_cost_per_token="0.002")
+    chat = create_chat(store, model="test", llm=llm)
+
+    def ask() -> None:
+        with pytest.raises(TurnCancelled):
+            chat.ask("Hello?")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_until(lambda: llm.requests)
+    assert chat.cancel()
+    asking.join()
+    ((tokens, estimated),) = rows(store, "request", "output_tokens", "usage_estimated")
+    assert (tokens, estimated) == (0, True)
+
+    answered.set()
+
+    wait_until(lambda: rows(store, "request", "usage_estimated") == [(False,)])
+    names = ("status_code", "error", "input_tokens", "output_tokens", "cost", "finish_reason")
+    assert rows(store, "request", *names) == [(499, "TurnCancelled", 1000, 500, Decimal(2), "stop")]
+    assert [message.role for message in chat.messages()] == ["user"]
+    assert chat.retry().content == "Next."

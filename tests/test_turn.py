@@ -677,7 +677,7 @@ def test_after_response_that_raises_behind_the_last_reply_leaves_it_stored(store
     statements.transactions.clear()
     with pytest.raises(RuntimeError, match="my hook broke"):
         ask(chat, "Hi")
-    assert len(statements.transactions) == 3  # the request is written before the hook is asked, the reply for good after
+    assert len(statements.transactions) == 3  # the claim, the request, the reply for good
     assert rows(store, "message", "role", "status", "content")[1] == ("assistant", "completed", "Hello!")
     assert rows(store, "request", "status_code", "error") == [(200, None)]
 
