@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checks import OVERRIDES, check_keywords, check_storable
-from .errors import InvalidValue
+from .errors import InvalidValue, check_spelling
 from .options import NAMES as OPTIONS
 from .records import LlmMessage
 from .values import Directive, Message, Reply, ToolCall, ToolOutcome
@@ -64,6 +64,11 @@ class Agent:
     wait: Any
     stale_after: Any
     debug: Any
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        known = (*OF_THE_CLASS, "agent_name", "rescues", *HOOKS)
+        check_spelling(f"the agent {cls.__name__}", cls.__dict__, known)
 
     def on_start(self, messages: list[Message], /) -> Any:
         """Before the first call of the model in a turn, with what it will be shown."""

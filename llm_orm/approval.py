@@ -62,6 +62,12 @@ def _waiting(store: Store, chat_id: UUID, given: Any) -> LlmToolCall:
     for call in waiting:
         if call.id == key or call.tool_call_id == given:
             return call
+    record: Any = store.records.tool_call
+    meant = record.id == key if key else record.tool_call_id == str(given)
+    with store.connection():
+        decided = record.get_or_none((record.chat == chat_id) & meant & record.approval.in_(("approved", "denied")))
+    if decided is not None:
+        raise InvalidValue(f"the tool call {decided.name} ({decided.id}) was {decided.approval} already")
     names = ", ".join(f"{call.name} ({call.id})" for call in waiting)
     raise InvalidValue(f"no tool call {key or given!r} of this chat waits for approval; waiting: {names or 'none'}")
 

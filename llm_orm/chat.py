@@ -38,6 +38,12 @@ class Chat(Configurable):
     _middlewares: tuple[Any, ...] = ()
     """What stands between those of the store and its own, and what no option can do away with."""
 
+    _named: tuple[str, ...] = ("files",)
+    """What `ask` takes besides options."""
+
+    _no_model: str | None = None
+    """What `NoModel` says in its place."""
+
     def __init__(self, store: Store, record: LlmChat, options: Options, overrides: Mapping[str, Any] | None = None):
         self.store = store
         self.record = record
@@ -158,7 +164,8 @@ class Chat(Configurable):
         """How many tokens `ask(text)` would send: instructions, tools, history and text. Counted here, by the model's
         tokenizer where litellm knows it, so roughly; files other than text count little."""
         chosen = dict(options)
-        start = Said(text, attachments_of(files, max_bytes=self._options_for(chosen).max_file_bytes))
+        given = attachments_of(files, max_bytes=self._options_for(chosen).max_file_bytes)
+        start = Said(said_text(text, may_be_empty=True), given)
         setting = self._setting(chosen)
         rows = Rows(self.store, setting)
         unread = self.store.read(self.store.statements.messages_after(self.chat_id, -1))
@@ -413,7 +420,7 @@ class Chat(Configurable):
 
     def _setting(self, options: dict[str, Any], *, checks_model: bool = True) -> Setting:
         config = self._config_for(options) if checks_model else self.standing
-        check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES))
+        check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES), besides=self._named)
         check_overrides(options)
         config = config.with_overrides({name: options[name] for name in OVERRIDES if name in options})
         before = config.options.middlewares
@@ -426,7 +433,7 @@ class Chat(Configurable):
         candidates = []
         for model, provider in named if checks_model else ():
             if not model:
-                raise NoModel()
+                raise NoModel(self._no_model)
             candidates.append(Candidate(model, provider, gateway.check_model(llm, model, provider)))
         return Setting(
             chat_id=self.chat_id,

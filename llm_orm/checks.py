@@ -9,7 +9,7 @@ from uuid import UUID
 
 import peewee as pw
 
-from .errors import EmptyMessage, InvalidValue, UnknownKeyword
+from .errors import EmptyMessage, InvalidValue, UnknownKeyword, meant
 from .options import NAMES as OPTIONS
 from .options import Options
 from .store import Store
@@ -23,24 +23,34 @@ def options_of(keywords: Mapping[str, Any]) -> Options:
     return Options(**{name: value for name, value in keywords.items() if name in OPTIONS})
 
 
-def columns_of(store: Store, call: str, keywords: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+def columns_of(
+    store: Store, call: str, keywords: Mapping[str, Any], known: tuple[str, ...], besides: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The application's own columns among the keywords; raises `UnknownKeyword` for what is neither."""
     own = store.chat_columns
     for name in own:
         if name in (*OPTIONS, "store", "chat_id"):
             raise InvalidValue(f"the column {name!r} of the chat has the name of a keyword of {call}: choose another")
-    check_keywords(call, keywords, (*known, *own), columns=own)
+    check_keywords(call, keywords, (*known, *own), columns=own, besides=besides)
     return {name: value for name, value in keywords.items() if name in own}
 
 
 def check_keywords(
-    call: str, given: Mapping[str, Any], known: tuple[str, ...], columns: list[str] | None = None
+    call: str,
+    given: Mapping[str, Any],
+    known: tuple[str, ...],
+    columns: list[str] | None = None,
+    besides: tuple[str, ...] = (),
 ) -> None:
+    """Raise `UnknownKeyword` for what is not known; `besides` are the parameters that the call's signature names."""
     for name in given:
         if name not in known:
             own = "" if columns is None else f"; columns of the application: {', '.join(columns) or 'none'}"
-            options = ", ".join(name for name in known if name not in (columns or ()))
-            raise UnknownKeyword(f"{call} does not know {name!r}; it takes {options}{own}")
+            taken = [each for each in (*known, *besides) if each != name]
+            options = ", ".join(each for each in taken if each not in (columns or ()))
+            right = meant(name, taken)
+            hint = f"; did you mean {right!r}?" if right else ""
+            raise UnknownKeyword(f"{call} does not know {name!r}; it takes {options}{own}{hint}")
 
 
 @contextmanager

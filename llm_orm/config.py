@@ -141,6 +141,8 @@ class Configurable:
         The one that answers stays for the rest of the turn. None of them is called once a piece of a stream was shown.
         Without models: no fallbacks any more.
         """
+        if any(isinstance(model, list | tuple) for model in models):
+            raise InvalidValue(f"fallbacks must be names, one by one: with_fallbacks(*names), not {models[0]!r}")
         return self._set(fallbacks=Fallbacks(tuple(models), on))
 
     # Tools and middlewares

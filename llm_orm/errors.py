@@ -30,6 +30,8 @@
 A provider's exception is none of these: it reaches the caller as litellm raised it.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -202,3 +204,17 @@ class ReplyNotSaved(TurnFailed):
 
 class ChatGone(TurnFailed):
     """The chat was deleted"""
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is likely to stand for."""
+    plain = {each.replace("_", "").lower(): each for each in known}
+    found = difflib.get_close_matches(name.replace("_", "").lower(), plain, n=1, cutoff=0.85)
+    return plain[found[0]] if found else None
+
+
+def check_spelling(owner: str, declared: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name in a class that is nearly one of ours: it would be passed over without a word."""
+    for name in declared:
+        if not name.startswith("_") and name not in known and (right := meant(name, known)):
+            raise InvalidValue(f"{owner} has {name!r}, which means nothing to llm_orm: write {right!r}, or rename it")

@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from .attachments import WITHOUT_SOUND, without_images, without_sound
-from .errors import InvalidValue, UnknownModel
+from .errors import InvalidValue, UnknownModel, meant
 from .failures import hung_up, is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
 from .received import Received
 from .values import Answer, Chunk, Message, ModelRequest, Reply, Usage, storable
@@ -89,7 +89,9 @@ def _resolved(model: str, provider: str | None) -> tuple[str, str]:
     name, found = _two_of(litellm().get_llm_provider, model, provider)
     known = [getattr(each, "value", each) for each in litellm().provider_list]
     if found not in known:
-        raise UnknownModel(f"litellm knows no provider {found!r}; it knows {', '.join(sorted(known))}")
+        right = meant(found, known)
+        hint = f"; did you mean {right!r}?" if right else ""
+        raise UnknownModel(f"litellm knows no provider {found!r}; it knows {', '.join(sorted(known))}{hint}")
     return name, found
 
 
@@ -159,7 +161,10 @@ def register_price(
     def per_token(value: Decimal | str | int) -> Decimal:
         if isinstance(value, float):
             raise InvalidValue(f"a price must be exact: write {str(value)!r} as a string or a Decimal, not a float")
-        return Decimal(value) / 1_000_000
+        try:
+            return Decimal(value) / 1_000_000
+        except (ArithmeticError, TypeError, ValueError):
+            raise InvalidValue(f'a price is US dollars per million tokens, as in "0.15", not {value!r}') from None
 
     plain = per_token(input_per_million)
     _prices[model] = Price(

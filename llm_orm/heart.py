@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 from uuid import UUID
 
 BEAT_EVERY_S = 5.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
-from .errors import CostLimitExceeded, InvalidValue
+from .errors import CostLimitExceeded, InvalidValue, check_spelling
 from .structured import SchemaMismatch
 from .values import RETRY, Directive, Message, Reply, ToolCall, ToolOutcome, TurnContext
 
@@ -36,6 +36,10 @@ class Middleware:
     """
 
     needs_spent: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        check_spelling(f"the middleware {cls.__name__}", cls.__dict__, ("needs_spent", *METHODS))
 
     def on_request(self, context: TurnContext) -> Any:
         """Before each call of the model; may change `context.messages`, or raise to end the turn before the call."""
@@ -172,6 +176,8 @@ class UsageLogger(Middleware):
     def __init__(self, logger: logging.Logger | None = None, level: int = logging.INFO, prefix: str = ""):
         if not isinstance(level, int):
             raise InvalidValue(f"the level of a UsageLogger is a number, as logging.INFO is, not {level!r}")
+        if not callable(getattr(logger or logging, "log", None)):
+            raise InvalidValue(f"the logger of a UsageLogger is a logging.Logger, not {logger!r}")
         self.logger = logger or logging.getLogger("llm_orm.usage")
         self.level = level
         self.prefix = prefix
@@ -263,6 +269,8 @@ class PIIMask(Middleware):
     ):
         if not isinstance(mask, str) or not mask:
             raise InvalidValue(f"the mask of a PIIMask must be some text, not {mask!r}")
+        if not isinstance(stored, bool) or not isinstance(patterns, Mapping | None):
+            raise InvalidValue(f'a PIIMask has patterns={{"name": r"…"}}, stored=True: not {patterns!r}, {stored!r}')
         self.mask = mask
         self.stored = stored
         given = {name: _finder(name, pattern) for name, pattern in (patterns or {}).items()}

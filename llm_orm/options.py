@@ -1,5 +1,6 @@
 """What can be set on a chat without being stored: when it is made or loaded, and for one turn."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -93,7 +94,7 @@ class Options:
         _check("on_error", self.on_error, 'must be "rollback" or "keep"', lambda v: v in ("rollback", "keep"))
         _check("max_tool_calls", self.max_tool_calls, "must be 0 or more rounds", _is_count)
         _check("tool_concurrency", self.tool_concurrency, "must be 1 or more", lambda v: _is_count(v) and v > 0)
-        _check("history", self.history, "must be a number of turns or a function", _is_history)
+        _check("history", self.history, "must be a number of turns or a plain function", _is_history)
         _check("wait", self.wait, "must be seconds", _is_seconds)
         _check("stale_after", self.stale_after, "must be 0, or 10 seconds or more", _is_stale_after)
         _check("params", self.params, f"must be keywords of completion(), less {', '.join(OURS)}", _is_params)
@@ -298,7 +299,7 @@ def _is_retries(value: Any) -> bool:
 
 
 def _is_llm(value: Any) -> bool:
-    return value is None or callable(getattr(value, "completion", None))
+    return value is None or (callable(getattr(value, "completion", None)) and not isinstance(value, type))
 
 
 def _is_headers(value: Any) -> bool:
@@ -306,7 +307,7 @@ def _is_headers(value: Any) -> bool:
 
 
 def _is_history(value: Any) -> bool:
-    return value is None or callable(value) or _is_count(value)
+    return value is None or _is_count(value) or (callable(value) and not inspect.iscoroutinefunction(value))
 
 
 def _is_params(value: Any) -> bool:

@@ -32,6 +32,9 @@ class AgentSession(Chat):
     id, chat_id, metadata, agent_class, agent, model_id, history, total_usage, and all of `Chat`
     """
 
+    _named = ("files", "inputs")
+    _no_model = 'The agent names no model: set model = "gpt-4o" on its class, or give ask(…, model=…)'
+
     def __init__(self, store: Store, record: LlmChat, session: LlmAgentSession, behaviour: Behaviour):
         super().__init__(store, record, behaviour.base.options)
         self.session = session
@@ -188,7 +191,7 @@ def create_agent_session(
     """
     store = as_store(store)
     call = "create_agent_session()"
-    columns, behaviour = _understood(store, call, agent_class, keywords, (*OVERRIDES, *OF_THE_PROCESS))
+    columns, behaviour = _understood(store, call, agent_class, keywords, (*OVERRIDES, *OF_THE_PROCESS), "metadata")
     overrides = {name: keywords[name] for name in OVERRIDES if name in keywords}
     check_overrides(overrides)
     if not isinstance(metadata, Mapping | None):
@@ -218,7 +221,7 @@ def load_agent_session(
     """
     store = as_store(store)
     call = "load_agent_session()"
-    columns, behaviour = _understood(store, call, agent_class, keywords, OF_THE_PROCESS)
+    columns, behaviour = _understood(store, call, agent_class, keywords, OF_THE_PROCESS, "skip_class_validation")
     key = as_key(session_id)
     if key is None:
         return None
@@ -262,7 +265,7 @@ async def aload_agent_session(
 
 
 def _understood(
-    store: Store, call: str, agent_class: Any, keywords: Mapping[str, Any], known: tuple[str, ...]
+    store: Store, call: str, agent_class: Any, keywords: Mapping[str, Any], known: tuple[str, ...], named: str
 ) -> tuple[dict[str, Any], Behaviour]:
     """The application's columns among the keywords, and how the agent behaves in this process."""
     check_agent(agent_class)
@@ -272,6 +275,6 @@ def _understood(
                 f"{call} does not take {name!r}: code wins, so it is set on the agent's class; for one turn, "
                 "give it to ask()"
             )
-    columns = columns_of(store, call, keywords, known)
+    columns = columns_of(store, call, keywords, known, besides=(named,))
     ours = {name: value for name, value in keywords.items() if name in OF_THE_PROCESS}
     return columns, Behaviour(agent_class, ours)

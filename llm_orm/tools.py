@@ -18,7 +18,7 @@ from uuid import UUID
 import pydantic
 import pydantic_core
 
-from .errors import InvalidValue, ToolError
+from .errors import InvalidValue, ToolError, check_spelling
 from .values import Halt, ToolCall, ToolOutcome, storable
 
 log = logging.getLogger("llm_orm")
@@ -70,6 +70,8 @@ class Tool:
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        known = ("Parameters", "idempotent", "requires_approval", "execute")
+        check_spelling(f"the tool {cls.__name__}", cls.__dict__, known)
         cls.name = cls.__dict__.get("name") or _snake_case(cls.__name__)
         cls.description = cls.__dict__.get("description") or inspect.cleandoc(cls.__doc__ or "")
 
@@ -156,6 +158,8 @@ def tool(
     """
 
     def make(function: Callable[..., Any]) -> FunctionTool:
+        if not callable(function):
+            raise InvalidValue(f"@tool goes on a function, not on {function!r}: its options are keywords, as in name=…")
         return FunctionTool(function, name, description, idempotent, requires_approval)
 
     return make(function) if function is not None else make
@@ -326,9 +330,15 @@ def _as_tool(given: Any) -> Tool:
         except TypeError as error:
             raise InvalidValue(f"the tool {given.name!r} cannot be made: {error}; give an instance of it") from error
     if not isinstance(given, Tool):
-        raise InvalidValue(f"{given!r} is not a tool: give a function, or a subclass of llm_orm.Tool")
+        hint = ", one by one" if isinstance(given, list | tuple) else ""
+        raise InvalidValue(f"{given!r} is not a tool: give a function, or a subclass of llm_orm.Tool{hint}")
     if not callable(getattr(given, "execute", None)):
         raise InvalidValue(f"the tool {given.name!r} has no execute()")
+    if not callable(given.requires_approval) and not isinstance(given.requires_approval, bool):
+        raise InvalidValue(
+            f"requires_approval of the tool {given.name!r} must be True, False or a function of the arguments, "
+            f"not {given.requires_approval!r}"
+        )
     if not _NAME.fullmatch(given.name):
         raise InvalidValue(f"{given.name!r} cannot be the name of a tool: give one of letters, digits, _ and -")
     return given

@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from .attachments import message_content, with_files_made, without_images
+from .errors import InvalidValue
 from .values import Attachment, Message, as_json, as_uuid
 
 History = int | Callable[[list[Message]], list[Message]] | None
@@ -143,7 +144,10 @@ def limited(messages: list[Message], history: History) -> list[Message]:
     if history is None:
         return messages
     if callable(history):
-        return whole_rounds(history([copied(message) for message in messages]))
+        chosen = history([copied(message) for message in messages])
+        if not isinstance(chosen, Sequence) or not all(isinstance(each, Mapping) and "role" in each for each in chosen):
+            raise InvalidValue(f"the history function must return a list of messages, not {str(chosen)[:80]!r}")
+        return whole_rounds([*chosen])
     start, left = len(messages), history
     while start and left:
         start -= 1

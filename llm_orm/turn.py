@@ -371,7 +371,9 @@ class Turn:
         if any(getattr(each, "needs_spent", False) for each in middlewares):
             context.spent = self.rows.spent()
         for method in methods_of(middlewares, "on_request"):
-            yield CallHook(method, (context,))
+            said = yield CallHook(method, (context,))
+            if said is RETRY or isinstance(said, RETRY | REPLACE | Verdict):
+                raise InvalidValue(f"on_request returned {said!r}, and decides nothing: to end the turn there, raise")
         return context.messages
 
     def _remaining(self) -> tuple[Candidate, ...]:
@@ -418,6 +420,7 @@ class Turn:
         chosen = None
         for method in reversed(methods_of(self.setting.middlewares, name)):
             said = yield CallHook(method, (self.context, *arguments))
+            said = RETRY() if said is RETRY else said  # as CONTINUE and STOP are returned
             if chosen is None and isinstance(said, RETRY | REPLACE | Verdict):
                 chosen = said
         return chosen

@@ -1120,6 +1120,26 @@ def test_what_no_agent_has_is_refused_where_one_is_defined_inline():
         define_agent("Inline", tool=get_weather)
 
 
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("instruction", "instructions"),
+        ("tool", "tools"),
+        ("temprature", "temperature"),
+        ("maxTokens", "max_tokens"),
+        ("on_compelte", "on_complete"),
+    ],
+)
+def test_an_attribute_that_is_nearly_one_of_an_agents_is_refused_where_the_class_is_made(misspelt, meant):
+    with pytest.raises(InvalidValue, match=f"the agent Bot has '{misspelt}', .*: write '{meant}'"):
+        type("Bot", (Agent,), {"model": "test", misspelt: "…"})
+
+
+def test_an_agent_may_have_attributes_of_its_own():
+    body = {"model": "test", "company": "ACME", "_tool": 1, "greet": lambda self: "Hi", "prompt": "…", "timeout": 3}
+    assert type("Bot", (Agent,), body).company == "ACME"
+
+
 # Inheritance
 
 

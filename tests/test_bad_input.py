@@ -12,6 +12,7 @@ from conftest import Ask, rows
 
 from llm_orm import (
     LLM,
+    Agent,
     AsyncTool,
     Chat,
     ChatGone,
@@ -30,12 +31,15 @@ from llm_orm import (
     UnknownModel,
     acreate_chat,
     connect,
+    create_agent_session,
     create_chat,
+    define_agent,
+    load_agent_session,
     load_chat,
 )
 from llm_orm.testing import ScriptedLLM
 
-RECORDS = ("chat", "message", "tool_call", "request")
+RECORDS = ("chat", "message", "tool_call", "request", "agent_session")
 
 
 @pytest.fixture
@@ -308,9 +312,52 @@ def test_an_unknown_keyword_of_ask_is_refused_with_the_known_ones(memory: Store,
     chat = a_chat(memory)
     message = refused(memory, UnknownKeyword, lambda: ask(chat, "Hi", temprature=0.5))
     assert message.startswith("ask() does not know 'temprature'; it takes llm, tools, temperature, ")
-    assert message.endswith("model, provider, instructions")
+    assert message.endswith("model, provider, instructions, files; did you mean 'temperature'?")
     for name in ("persistence", "debug", "metadata", "user_id"):
         refused(memory, UnknownKeyword, lambda name=name: ask(chat, "Hi", **{name: {}}))
+
+
+def test_a_parameter_that_a_signature_names_is_among_the_known_ones(memory: Store) -> None:
+    session = create_agent_session(memory, Named)
+    for act, meant in (
+        (lambda: a_chat(memory, instruction="Be brief."), "instructions"),
+        (lambda: session.ask("Hi", file=b"text"), "files"),
+        (lambda: session.ask("Hi", input={}), "inputs"),
+        (lambda: create_agent_session(memory, Named, metdata={}), "metadata"),
+        (lambda: load_agent_session(memory, Named, session.id, skip_class_validaton=True), "skip_class_validation"),
+    ):
+        message = refused(memory, UnknownKeyword, act)
+        assert f", {meant}" in message
+        assert message.endswith(f"; did you mean {meant!r}?")
+    assert "did you mean" not in refused(memory, UnknownKeyword, lambda: session.retry(files=b"text"))
+
+
+class Named(Agent):
+    model = "test"
+
+
+def test_a_session_without_a_model_says_that_its_class_needs_one(memory: Store) -> None:
+    session = create_agent_session(memory, define_agent("Nameless"), llm=ScriptedLLM("Hello!"))
+    assert refused(memory, NoModel, lambda: session.ask("Hi")).startswith("The agent names no model: set model = ")
+
+
+@pytest.mark.parametrize("wrong", [None, "all", ["a text"], 5])
+def test_what_a_history_function_returns_must_be_messages(memory: Store, ask: Ask, wrong: Any) -> None:
+    chat = a_chat(memory, history=lambda messages: wrong)
+    with pytest.raises(InvalidValue, match="the history function must return a list of messages, not "):
+        ask(chat, "Hi")
+
+
+def test_an_async_history_function_is_refused(memory: Store) -> None:
+    async def last(messages: list[Any]) -> list[Any]:
+        return messages[-1:]
+
+    assert "a plain function" in refused(memory, InvalidValue, lambda: a_chat(memory, history=last))
+
+
+def test_tokens_are_counted_of_a_string(memory: Store) -> None:
+    chat = a_chat(memory)
+    assert refused(memory, InvalidValue, lambda: chat.count_tokens(3)) == "a message must be a string, not int"
 
 
 def test_an_unknown_keyword_is_a_type_error_too(memory: Store) -> None:
@@ -322,6 +369,7 @@ def test_an_unknown_keyword_is_a_type_error_too(memory: Store) -> None:
 BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("llm", "gpt-4o", "llm='gpt-4o': llm must have completion() and acompletion(), as LLM(…) and litellm do"),
     ("llm", object(), "llm must have completion() and acompletion()"),
+    ("llm", ScriptedLLM, "llm must have completion() and acompletion()"),
     ("temperature", "hot", "temperature='hot': temperature must be a number"),
     ("temperature", float("nan"), "temperature=nan: temperature must be a number"),
     ("temperature", True, "temperature must be a number"),

@@ -46,6 +46,20 @@ def test_a_middleware_has_one_of_the_methods() -> None:
         check_middleware(CostGuard)
 
 
+def test_a_method_that_is_nearly_one_of_a_middleware_s_is_refused_where_the_class_is_made() -> None:
+    with pytest.raises(InvalidValue, match="the middleware Mask has 'on_reqest', .*: write 'on_request'"):
+        type("Mask", (Middleware,), {"on_reqest": print})
+    assert type("Mask", (Middleware,), {"on_request": print, "on_reload": print})
+
+
+def test_bundled_middlewares_refuse_what_they_cannot_work_with() -> None:
+    for wrong in ({"patterns": ["x"]}, {"stored": "yes"}):
+        with pytest.raises(InvalidValue, match="a PIIMask has patterns="):
+            PIIMask(**wrong)
+    with pytest.raises(InvalidValue, match="the logger of a UsageLogger is a logging.Logger, not 'app'"):
+        UsageLogger("app")  # type: ignore[arg-type]
+
+
 def test_only_methods_that_were_written_are_called() -> None:
     guard, mask, correction, logger = CostGuard("1"), PIIMask(), SchemaSelfCorrection(), UsageLogger()
     bundled = (guard, mask, correction, logger, Middleware(), SimpleNamespace(on_error=print))

@@ -314,6 +314,20 @@ class Untyped(Tool):
 def undescribable(thing: json.JSONEncoder) -> None: ...
 
 
+def lookup_nothing() -> None: ...
+
+
+def test_a_tool_s_options_are_keywords() -> None:
+    with pytest.raises(InvalidValue, match="@tool goes on a function, not on 'forecast'"):
+        tool("forecast")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("misspelt", ["requires_approvl", "requiresApproval", "parameters", "idempotant"])
+def test_an_attribute_that_is_nearly_one_of_a_tool_s_is_refused_where_the_class_is_made(misspelt: str) -> None:
+    with pytest.raises(InvalidValue, match=f"the tool Pay has '{misspelt}', which means nothing to llm_orm: write "):
+        type("Pay", (Tool,), {misspelt: True, "execute": lambda self: None})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -322,6 +336,8 @@ def undescribable(thing: json.JSONEncoder) -> None: ...
         (len, "<built-in function len> is not a tool"),
         ({"type": "function"}, "is not a tool"),
         (BaseModel, "is not a tool"),
+        ([with_self], "give a function, or a subclass of llm_orm.Tool, one by one"),
+        (tool(requires_approval="no")(lookup_nothing), "requires_approval of the tool 'lookup_nothing' must be True, "),
         (lambda city: city, "'<lambda>' cannot be the name of a tool: give one of letters, digits, _ and -"),
         (Unfinished, "the tool 'unfinished' has no execute()"),
         (Needy, "the tool 'needy' cannot be made: "),
