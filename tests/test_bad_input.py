@@ -394,7 +394,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("retries", None, "retries=None: retries must be"),
     ("retries", "3", "retries='3': retries must be"),
     ("retries", True, "retries=True: retries must be"),
-    ("history", -1, "history=-1: history must be a number of turns or a function"),
+    ("history", -1, "history=-1: history must be a number of turns or a plain function"),
     ("history", "all", "history='all': history must be"),
     ("persistence", None, 'persistence=None: persistence takes "tool_calls" and "requests", True or False'),
     ("persistence", {"messages": False}, "persistence with 'messages': persistence takes"),

@@ -240,6 +240,17 @@ def test_a_registered_price_is_exact_and_goes_before_the_price_map(store: Store,
     assert chat.stats().cost == Decimal("0.00001695")
 
 
+@pytest.mark.parametrize("wrong", ["", "a lot", None])
+def test_a_price_is_a_number(wrong: Any):
+    with pytest.raises(ValueError, match="a price is US dollars per million tokens"):
+        register_price("m", input_per_million=wrong, output_per_million="1")
+
+
+def test_a_provider_that_is_misspelt_is_named_rightly(store: Store):
+    with pytest.raises(UnknownModel, match=r"litellm knows no provider 'opnai'; .*; did you mean 'openai'\?"):
+        create_chat(store, model="gpt-4o", provider="opnai").ask("Hello?")
+
+
 def test_a_price_must_be_exact():
     with pytest.raises(ValueError, match="not a float"):
         register_price("m", input_per_million=0.15, output_per_million="1")  # type: ignore[arg-type]

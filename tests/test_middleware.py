@@ -474,6 +474,21 @@ def test_a_retry_without_a_message_asks_the_same_again(store: Store, ask: Ask):
     assert sent(chat, 0) == sent(chat, 1) == [("user", "Hi")]
 
 
+def test_retry_may_be_returned_bare_as_stop_and_continue_are(store: Store, ask: Ask):
+    chat = chat_with(store, "No.", "Yes.", middlewares=[says(on_response=once(RETRY))])
+    assert ask(chat, "Hi").content == "Yes."
+
+
+@pytest.mark.parametrize("directive", [STOP, RETRY, RETRY("Again."), REPLACE("Cached.")])
+def test_a_directive_where_none_is_heeded_is_refused_before_the_call(store: Store, ask: Ask, directive: Any):
+    chat = chat_with(store, "Hello.", middlewares=[says(on_request=directive)])
+    with pytest.raises(
+        InvalidValue, match=r"on_request returned .*, and decides nothing: to end the turn there, raise"
+    ):
+        ask(chat, "Hi")
+    assert calls_of_the_model(chat) == 0
+
+
 def test_a_model_is_not_sent_back_for_ever(store: Store, ask: Ask):
     heard: list[Any] = []
     endless = says(on_response=RETRY("Again."), on_error=lambda context, error: heard.append(error) or RETRY("Again."))

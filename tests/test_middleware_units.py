@@ -47,7 +47,7 @@ def test_a_middleware_has_one_of_the_methods() -> None:
 
 
 def test_a_method_that_is_nearly_one_of_a_middleware_s_is_refused_where_the_class_is_made() -> None:
-    with pytest.raises(InvalidValue, match="the middleware Mask has 'on_reqest', .*: write 'on_request'"):
+    with pytest.raises(InvalidValue, match=r"the middleware Mask has 'on_reqest', .*: write 'on_request'"):
         type("Mask", (Middleware,), {"on_reqest": print})
     assert type("Mask", (Middleware,), {"on_request": print, "on_reload": print})
 
@@ -56,7 +56,7 @@ def test_bundled_middlewares_refuse_what_they_cannot_work_with() -> None:
     for wrong in ({"patterns": ["x"]}, {"stored": "yes"}):
         with pytest.raises(InvalidValue, match="a PIIMask has patterns="):
             PIIMask(**wrong)
-    with pytest.raises(InvalidValue, match="the logger of a UsageLogger is a logging.Logger, not 'app'"):
+    with pytest.raises(InvalidValue, match=r"the logger of a UsageLogger is a .*, not 'app'"):
         UsageLogger("app")  # type: ignore[arg-type]
 
 

@@ -487,7 +487,7 @@ def test_an_unknown_keyword_is_refused_with_the_known_ones_before_anything_is_wr
     with pytest.raises(UnknownKeyword) as caught:
         a_chat(store, usr_id="u_1")
     assert str(caught.value).startswith("create_chat() does not know 'usr_id'; it takes model, provider, instructions,")
-    assert str(caught.value).endswith("; columns of the application: user_id")
+    assert str(caught.value).endswith("; columns of the application: user_id; did you mean 'user_id'?")
     with pytest.raises(UnknownKeyword, match=r"load_chat\(\) does not know 'metadata'.*application: user_id"):
         load_chat(store, "x", metadata={})
     with pytest.raises(UnknownKeyword):
