@@ -69,6 +69,12 @@ class Agent:
         super().__init_subclass__(**kwargs)
         known = (*OF_THE_CLASS, "agent_name", "rescues", *HOOKS)
         check_spelling(f"the agent {cls.__name__}", cls.__dict__, known)
+        misplaced = [name for name in OF_A_CHAT if name in cls.__dict__]
+        if misplaced:
+            raise InvalidValue(
+                f"the agent {cls.__name__} has {misplaced[0]!r}, which is a hook of chats: put it on the session, or "
+                f"write one of {', '.join(HOOKS)}"
+            )
 
     def on_start(self, messages: list[Message], /) -> Any:
         """Before the first call of the model in a turn, with what it will be shown."""
@@ -96,6 +102,8 @@ class Agent:
     def __repr__(self) -> str:
         return f"<agent {self.stored_name()}>"
 
+
+OF_A_CHAT = ("before_request", "after_response", "on_new_message", "on_end_message", "on_tool_result")
 
 HOOKS = ("on_start", "on_thinking", "on_tool_start", "on_tool_end", "on_tool_error", "on_complete")
 

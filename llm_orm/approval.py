@@ -90,7 +90,9 @@ def cancel(
     ours: dict[str, Any] = {"id": as_uuid(message_id), "status": "pending"}
     # One that was alive a moment ago gets to say so itself, whatever counts as dead.
     if parked is None and age_of(seen) < max(options.stale_after, 2 * BEAT_EVERY_S):
-        asked = store.transact(sql.update(message, {"cancelled_at": now()}, returning="id", **ours))
+        asked = store.transact(sql.update(message, {"cancelled_at": now()}, returning="parked_at", **ours))
+        if asked and asked[0][0] is not None:  # it was parked at this moment
+            return cancel(store, chat_id, options, kept)
         store.heart.cancel(as_uuid(message_id))
         return bool(asked)
     mark, value = ("updated_at", seen) if parked is None else ("parked_at", parked)

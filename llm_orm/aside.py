@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -39,8 +40,9 @@ class Interrupt:
             self.future.set_result(None)
         except InvalidStateError:
             return  # told twice
-        if self.listener is not None:
-            self.listener.put(_STOPPED)
+        listener = self.listener  # which whoever waits may take away at this moment
+        if listener is not None:
+            listener.put(_STOPPED)
 
     def check(self) -> None:
         if self.future.done():
@@ -113,6 +115,8 @@ class Aside(Generic[T]):
             except BaseException as error:
                 self._results.put((None, error))
 
+        if sys.is_finalizing():
+            return self._run(function)  # Python ends, and its daemon threads run no more
         self._is_waiting = True
         self._worker.tasks.put(task)
         result = self._result()

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -102,6 +103,25 @@ def _bound(said: Any, agent: Agent) -> Any:
 def _check_plain(name: str, agent: Agent, function: Callable[..., Any]) -> None:
     if inspect.iscoroutinefunction(function):
         raise InvalidValue(f"the {name} of {agent!r} is async: make it a plain function of the inputs")
+    # One that takes something else is likely to be a tool, which is not to be called to find out.
+    taken = next(iter(inspect.signature(function).parameters.values()), None)
+    if (
+        name == "tools"
+        and taken is not None
+        and taken.annotation is not taken.empty
+        and not _is_inputs(taken.annotation)
+    ):
+        raise InvalidValue(
+            f"the tools of {agent!r} are a function of {str(taken)!r}, not of the inputs: for a tool, write "
+            f"tools = [{getattr(function, '__name__', 'it')}]"
+        )
+
+
+def _is_inputs(annotation: Any) -> bool:
+    if isinstance(annotation, str):
+        return annotation.rpartition(".")[2].partition("[")[0] in ("dict", "Dict", "Mapping", "Any", "object")
+    kind = typing.get_origin(annotation) or annotation
+    return kind in (Any, object) or (isinstance(kind, type) and issubclass(kind, Mapping | dict))
 
 
 def _with(config: Config, said: Mapping[str, Any]) -> Config:

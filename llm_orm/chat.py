@@ -410,9 +410,8 @@ class Chat(Configurable):
         choice = setting.options.tool_choice
         known = ("required", *toolbox.by_name) if toolbox.by_name else ()
         if choice not in (None, "auto", "none", *known):
-            raise InvalidValue(
-                f"tool_choice={choice!r} names no tool of this chat; it has {', '.join(toolbox.by_name) or 'none'}"
-            )
+            needed = "needs tools" if choice == "required" else "names no tool of this chat"
+            raise InvalidValue(f"tool_choice={choice!r} {needed}; it has {', '.join(toolbox.by_name) or 'none'}")
         if isinstance(start, Said):
             for candidate in setting.candidates:
                 check_taken(start.files, candidate.answering_provider)
@@ -422,6 +421,8 @@ class Chat(Configurable):
         config = self._config_for(options) if checks_model else self.standing
         check_keywords("ask()", options, (*OF_ONE_TURN, *OVERRIDES), besides=self._named)
         check_overrides(options)
+        if options.get("model", "") is None:
+            raise InvalidValue("model=None: name a model, or leave it out for the chat's own")
         config = config.with_overrides({name: options[name] for name in OVERRIDES if name in options})
         before = config.options.middlewares
         config = config.with_options(**{name: value for name, value in options.items() if name in OF_ONE_TURN})

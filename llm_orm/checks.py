@@ -9,7 +9,7 @@ from uuid import UUID
 
 import peewee as pw
 
-from .errors import EmptyMessage, InvalidValue, UnknownKeyword, meant
+from .errors import EmptyMessage, InvalidValue, NoModel, UnknownKeyword, meant
 from .options import NAMES as OPTIONS
 from .options import Options
 from .store import Store
@@ -81,6 +81,8 @@ def check_overrides(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not isinstance(value, str):
             raise InvalidValue(f"{name} must be a string, not {type(value).__name__}")
+        if name == "model" and value is not None and not value.strip():
+            raise NoModel(f"model={value!r} names no model: leave it out, or name one")
         check_storable(name, value or "")
 
 

@@ -1,6 +1,6 @@
 """What a chat asks its model with, and the methods that change it: from the next turn on, for this object alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -98,13 +98,15 @@ class Configurable:
         """As the provider takes it."""
         return self._set(temperature=temperature)
 
-    def with_params(self, **params: Any) -> Self:
-        """Add further keywords for litellm's `completion()`."""
-        return self._change(lambda c: c.with_options(params={**c.options.params, **params}))
+    def with_params(self, params: Mapping[str, Any] | None = None, /, **more: Any) -> Self:
+        """Add further keywords for litellm's `completion()`, as keywords or as a dict."""
+        added = {**(params or {}), **more}
+        return self._change(lambda c: c.with_options(params={**c.options.params, **added}))
 
-    def with_headers(self, **headers: str) -> Self:
-        """Add HTTP headers: `with_headers(**{"x-tenant": "t_1"})`. They are never stored."""
-        return self._change(lambda c: c.with_options(headers={**c.options.headers, **headers}))
+    def with_headers(self, headers: Mapping[str, str] | None = None, /, **more: str) -> Self:
+        """Add HTTP headers, as a dict or as keywords: `with_headers({"x-tenant": "t_1"})`. They are never stored."""
+        added = {**(headers or {}), **more}
+        return self._change(lambda c: c.with_options(headers={**c.options.headers, **added}))
 
     def with_thinking(self, effort: str | None = None, budget: int | None = None) -> Self:
         """How much the model is to think: an effort, tokens, or both; what is not given stays as it is."""

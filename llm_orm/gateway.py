@@ -321,6 +321,8 @@ class Call:
                 streamed=self.request.stream,
                 shown=self.shown,
             )
+        except BaseException as signal:  # which came while the tokens were counted
+            return self.ended(signal)
 
     def _ended(self, error: BaseException | None) -> Answer:
         status = 200 if error is None else status_of(error)

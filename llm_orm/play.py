@@ -158,6 +158,8 @@ class _AsyncInterrupt:
             pass  # the loop is closed, and its tasks with it
 
     def _set(self) -> None:
+        if self.is_set:
+            return  # told twice: what is being stopped cannot be told again
         self.is_set = True
         if self.scope is not None:
             self.scope.reschedule(self.loop.time())
@@ -244,6 +246,8 @@ async def _aperform(
         case RunTools():
             return await interrupt.wait(lambda: tools.first_of(effect))
         case CallHook(function, arguments):
+            if not is_settled:
+                interrupt.check()
             result = function(*arguments)
             if not inspect.isawaitable(result):
                 return result

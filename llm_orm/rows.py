@@ -124,6 +124,7 @@ class Rows:
                 self._amend(*self.late)
         except Exception as problem:
             if answer.error is None:
+                self.unrecorded = attempt  # it is tried once more when the turn is given up
                 raise ReplyNotSaved(
                     f"the request row of a paid call could not be written: {problem}; the reply is in .reply",
                     reply=answer.reply,
@@ -178,6 +179,7 @@ class Rows:
         if following is not None:
             statements.append(sql.start_tool_calls(self.message_id, [following.id]))
         self.store.transact(*statements)
+        self.open_calls.pop(outcome.call.id, None)
 
     def reject(self, calls: Sequence[ToolCall], result: str, error: str) -> None:
         """Write of calls that will not be run what the model is told instead."""
@@ -189,11 +191,11 @@ class Rows:
             kept = self._stored(result)
             rejected = self.store.statements.reject_tool_calls(self.message_id, ids, kept, error)
             self.store.transact(rejected, *self._closed(calls))
+            for call in calls:
+                self.open_calls.pop(call.id, None)
 
     def _closed(self, calls: Sequence[ToolCall]) -> list[Sql]:
         """Let go of the arguments of calls that have ended, where a middleware keeps less of them."""
-        for call in calls:
-            self.open_calls.pop(call.id, None)
         if not self._masks or not self.setting.options.stores_tool_calls:
             return []
         kept = {call.id: self._stored(call.arguments) for call in calls}
@@ -202,6 +204,8 @@ class Rows:
     def park(self, calls: Sequence[ToolCall]) -> LlmMessage:
         """Let the turn wait for a person, with nothing in memory; the message as it waits."""
         rows = self.store.transact(*self.store.statements.park(self.message_id, [call.id for call in calls]))
+        if rows and rows[0][0] is not None:
+            raise TurnCancelled()  # in the middle of its last tool
         self.is_settled = True
         if not rows:
             raise ChatGone(
@@ -231,8 +235,8 @@ class Rows:
             message = {**reply.message, "role": "assistant", "content": reply.content}
             message |= {"tool_calls": None, "attachments": len(reply.attachments) or None}
             self.rounds.append({name: value for name, value in message.items() if value or name == "content"})
-        if self.rounds and not reply.provider and self.received is not None:
-            reply = replace(reply, provider=self.received.provider)  # the rounds before it are still their provider's
+        if self.rounds and not reply.provider:
+            reply = replace(reply, provider=self.writer)  # the rounds before it are still their provider's
         unfinished: list[Sql] = []
         if self.open_calls and self.setting.options.stores_tool_calls:
             calls = [*self.open_calls.values()]
@@ -277,7 +281,8 @@ class Rows:
         if self.setting.options.on_error != "keep":
             return []
         first = self.setting.candidates[0]
-        received = self.received or Reply(model=first.model, provider=first.answering_provider)
+        # Of a turn that was taken up again, what it said is still its provider's.
+        received = self.received or Reply(model=first.model, provider=self.writer or first.answering_provider)
         if self.replaces and not (self.rounds or received.content or received.attachments):
             return []
         made: list[Sql] = []
@@ -287,7 +292,8 @@ class Rows:
                 kept = {"role": "assistant", "content": received.content}
                 self.rounds.append({**kept, "attachments": files} if files else kept)
         stopped = isinstance(error, TurnCancelled) or not isinstance(error, Exception)
-        return [*made, *self._settle(self._columns(received, "incomplete" if stopped else "failed"))]
+        columns = self._columns(received, "incomplete" if stopped else "failed")
+        return [*made, *self._settle({**columns, "parked_at": None})]
 
     # Reading
 

@@ -128,14 +128,14 @@ class Statements:
         )
 
     def park(self, message_id: UUID, tool_call_ids: Sequence[str]) -> tuple[Sql, Sql]:
-        """Let a turn wait for its calls to be approved; the second tells whether it is still there to wait."""
+        """Let a turn wait for its calls to be approved; (cancelled_at), where it is still there to wait."""
         record, time = self.records.message, now()
         calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)
         asked = Sql(
             f"UPDATE {_table(self.records.tool_call)} SET approval = 'required' WHERE {calls.text}", calls.params
         )
         parked = {"parked_at": time, "updated_at": time}
-        return asked, self.update(record, parked, returning="id", id=message_id, status="pending")
+        return asked, self.update(record, parked, returning="cancelled_at", id=message_id, status="pending")
 
     def start_tool_calls(self, message_id: UUID, tool_call_ids: Sequence[str]) -> Sql:
         calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)

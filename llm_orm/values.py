@@ -308,7 +308,7 @@ class ModelRequest:
     model: str
     provider: str | None
     messages: list[Message]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)
     """Further keywords of `completion()`: tools, temperature, …"""
     stream: bool
     taken_call_ids: frozenset[str] = frozenset()

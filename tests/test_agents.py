@@ -559,6 +559,34 @@ def test_a_session_whose_row_alone_was_deleted_says_so(store):
     assert session.metadata == ADA
 
 
+def test_a_tool_in_the_place_of_a_list_of_tools_is_refused_and_not_run(store):
+    ran: list[int] = []
+
+    def refund(cents: int) -> str:
+        """Pay the customer back."""
+        ran.append(cents)
+        return "refunded"
+
+    class Careless(Agent):
+        model = "test"
+        tools = refund
+
+    with pytest.raises(
+        InvalidValue, match=r"tools of <agent Careless> are a function of 'cents: int'.* tools = \[refund\]"
+    ):
+        create_agent_session(store, Careless)
+    assert ran == []
+    assert rows(store, "chat", "id") == []
+
+
+def test_a_hook_of_chats_is_refused_on_an_agent():
+    with pytest.raises(InvalidValue, match=r"Hooked has 'after_response', which is a hook of chats"):
+
+        class Hooked(Agent):
+            def after_response(self, reply: Any) -> None:
+                pass
+
+
 @pytest.mark.parametrize("key", [None, "", "no-such-id", UUID(int=7), str(UUID(int=7))])
 def test_a_session_that_is_not_there_is_none(store, key):
     session_of(store, Support)

@@ -716,12 +716,12 @@ def test_a_provider_that_says_nothing_does_not_keep_a_turn_from_being_stopped(sq
         since = time.monotonic()
         assert chat.cancel() is True
         check_stopped(turn, since)
-    provider.release()
     assert messages(sqlite_store) == ERASED
     ((status, error, estimated, input_tokens, _),) = rows(sqlite_store, "request", *STOPPED)
     assert (status, error, estimated) == (499, "TurnCancelled", True)
     assert input_tokens > 0
     assert rows(sqlite_store, "request", "cost")[0][0] > 0
+    provider.release()
 
 
 @WIRES

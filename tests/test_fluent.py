@@ -509,7 +509,7 @@ def test_a_choice_that_forces_nothing_is_sent_with_every_call(store: Store, ask:
     [
         ("get_time", [get_weather], "tool_choice='get_time' names no tool of this chat; it has get_weather"),
         ("get_time", [], "it has none"),
-        ("required", [], "tool_choice='required' names no tool"),
+        ("required", [], "tool_choice='required' needs tools"),
     ],
 )
 def test_a_choice_of_no_tool_there_is_is_refused_before_anything_is_written(
