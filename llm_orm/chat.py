@@ -387,7 +387,7 @@ class Chat(Configurable):
 
     def _stream(self, start: Start, options: TurnOptions) -> "Stream":
         turn, outcome = self._turn(start, options, stream=True), Outcome()
-        return Stream(play(turn, outcome), outcome)
+        return Stream(play(turn, outcome), outcome, self.store)
 
     def _astream(self, start: Start, options: TurnOptions) -> "AsyncStream":
         turn, outcome = self._turn(start, options, stream=True, may_await=True), Outcome()
@@ -430,7 +430,8 @@ class Chat(Configurable):
             config = config.with_options(middlewares=(*before, *config.options.middlewares))
         chosen = config.options
         llm = chosen.llm if chosen.llm is not None else self.store.llm
-        named = [(config.model, config.provider), *((model, None) for model in chosen.fallbacks.models)]
+        fallbacks = chosen.fallbacks.models or (gateway.fallbacks_of(llm, config.model) if config.model else ())
+        named = [(config.model, config.provider), *((model, None) for model in fallbacks)]
         candidates = []
         for model, provider in named if checks_model else ():
             if not model:
@@ -483,9 +484,10 @@ class Stream:
     Leaving it early, or `close()`, ends the turn; as a context manager it closes itself.
     """
 
-    def __init__(self, chunks: Generator[Chunk], outcome: Outcome):
+    def __init__(self, chunks: Generator[Chunk], outcome: Outcome, store: Store):
         self._chunks = chunks
         self._outcome = outcome
+        self._store = store
 
     @property
     def message(self) -> LlmMessage | None:
@@ -495,6 +497,7 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
+        self._store.check_outside_transaction()  # which the turn's next rows would be a part of
         return next(self._chunks)
 
     def close(self) -> None:

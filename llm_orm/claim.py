@@ -260,7 +260,7 @@ class Claim:
             rounds=sum(1 for said in rows.rounds if said.get("tool_calls")),
             next_round=max((call.round for call in calls), default=len(rows.rounds) - 1) + 1,
             last_word=None if last or not (rows.rounds or message.content) else _reply_in(message, rows.rounds),
-            call_ids=frozenset(asked),
+            call_ids=frozenset(call["id"] for said in rows.rounds for call in said.get("tool_calls") or ()),
             provider=provider,
         )
 

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from .attachments import WITHOUT_SOUND, without_images, without_sound
+from .database import without_password
 from .errors import InvalidValue, UnknownModel, meant
 from .failures import hung_up, is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
 from .received import Received
@@ -40,7 +41,8 @@ class LLM:
         self.defaults = {**defaults, **{name: value for name, value in given.items() if value is not None}}
 
     def __repr__(self) -> str:
-        return f"<LLM provider={self.provider!r} api_base={self.defaults.get('api_base')!r}>"
+        api_base = self.defaults.get("api_base")
+        return f"<LLM provider={self.provider!r} api_base={api_base and without_password(str(api_base))!r}>"
 
     def completion(self, **kwargs: Any) -> Any:
         return litellm().completion(**{**self.defaults, **kwargs})
@@ -116,6 +118,27 @@ def _of_router(llm: Any, name: str, **kind: str) -> Any:
 
 def _is_router(llm: Any) -> bool:
     return callable(getattr(llm, "registry", None)) or hasattr(llm, "model_names")
+
+
+def fallbacks_of(llm: Any, model: str) -> tuple[str, ...]:
+    """What a router would fall back on by itself: the turn does so in its place, and each call leaves its row."""
+    for models in _own_fallbacks(llm) or ():
+        if chosen := models.get(model) or models.get("*"):
+            return tuple(each for each in chosen if each != model)
+    return ()
+
+
+def _own_fallbacks(llm: Any) -> list[dict[str, list[str]]] | None:
+    """A router's fallbacks, where they are no more than names; None where it has rules of its own for them."""
+    if not _is_router(llm):
+        return None
+    settings: Any = llm.settings() if callable(getattr(llm, "settings", None)) else llm
+    special = ("context_window_fallbacks", "content_policy_fallbacks")
+    if any(getattr(settings, name, None) for name in special):
+        return None
+    fallbacks = getattr(settings, "fallbacks", None) or []
+    are_names = all(isinstance(each, str) for models in fallbacks for chosen in models.values() for each in chosen)
+    return fallbacks if are_names else None
 
 
 # Prices
@@ -360,6 +383,8 @@ class Call:
         keywords = {**request.options, "model": request.model, "max_retries": 0}
         if _is_router(self.llm):
             keywords["num_retries"] = 0  # whatever the router says of itself: a retry that it makes leaves no row
+            if _own_fallbacks(self.llm) is not None:
+                keywords["disable_fallbacks"] = True  # nor does a fallback, which the turn makes in its place
         if "thinking" in keywords:
             keywords |= self._thinking(keywords.pop("thinking"))
         keywords["messages"] = _for_provider(request.messages, self.provider)

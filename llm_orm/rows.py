@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
@@ -153,6 +154,12 @@ class Rows:
 
     def spent(self) -> Stats:
         return stats_of(self.store, chat_id=self.setting.chat_id, tool_calls=False)
+
+    def spent_in_turn(self) -> Decimal:
+        """What the turn has cost until it stopped, as far as that is on record."""
+        if not self.setting.options.stores_requests:
+            return Decimal(0)
+        return stats_of(self.store, message_id=self.message_id, tool_calls=False).cost
 
     # Tool calls
 

@@ -282,6 +282,8 @@ class Turn:
         rows = self.rows
         self.tool_rounds, self.call_ids = progress.rounds, set(progress.call_ids)
         self.number = progress.next_round
+        if self.setting.middlewares:
+            self.context.spent_in_turn = rows.spent_in_turn()
         files = rows.files([rows.message_id]).get(rows.message_id, []) if rows.attachments else []
         for message, made in zip(rows.rounds, files_of_rounds(rows.rounds, files), strict=True):
             if progress.last_word is None or message is not rows.rounds[-1]:
@@ -460,6 +462,8 @@ class Turn:
                 self._say({"role": "assistant", "content": reply.content})
             self._say({"role": "user", "content": message})
         self.rows.take_back()
+        if reply is not None:
+            self.rows.received = Reply(model=reply.model, provider=reply.provider)
         if reply is not None and (reply.content or reply.thinking):
             yield Show(Chunk(restart=True))
 

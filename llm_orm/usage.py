@@ -11,8 +11,10 @@ from .store import Store
 from .values import Stats
 
 
-def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = True) -> Stats:
-    """Sums over the requests of one chat, or of all; one query."""
+def stats_of(
+    store: Store, *, chat_id: UUID | None = None, message_id: UUID | None = None, tool_calls: bool = True
+) -> Stats:
+    """Sums over the requests of one chat, of one reply, or of all; one query."""
     request: Any = store.records.request
     tool_call: Any = store.records.tool_call
     fn, total = pw.fn, lambda column: pw.fn.COALESCE(pw.fn.SUM(column), 0)
@@ -36,6 +38,8 @@ def stats_of(store: Store, *, chat_id: UUID | None = None, tool_calls: bool = Tr
     )
     if chat_id:
         query = query.where(request.chat == chat_id)
+    if message_id:
+        query = query.where(request.message == message_id)
     with store.connection():
         row = next(iter(query.tuples()))
     counts = [value if index == 6 else int(value) for index, value in enumerate(row)]

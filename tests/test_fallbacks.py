@@ -390,12 +390,46 @@ def test_a_routers_own_retries_are_not_made_where_we_make_none(
     assert len(provider.ledger) + len(other.ledger) == 1
 
 
-def test_of_a_routers_own_fallback_the_row_says_who_answered_and_what_it_cost(
+def test_a_routers_own_fallbacks_are_made_by_the_turn_and_each_call_has_its_row(
+    sqlite_store: Store, ask: Ask, provider: Provider, other: Provider
+):
+    router = router_of(
+        ("fast", provider.openai()), ("slow", other.anthropic()), num_retries=0, fallbacks=[{"fast": ["slow"]}]
+    )
+    provider.fail(500)
+    other.reply(Answer("Hi.", input_tokens=70, output_tokens=8))
+    chat = create_chat(sqlite_store, model="fast", llm=router, retries=0)
+
+    reply = ask(chat, "Hello")
+
+    assert (reply.provider, reply.model_id) == ("anthropic", "claude-sonnet-4-5")
+    made = rows(sqlite_store, "request", "provider", "model", "attempt", "status_code", "input_tokens")
+    assert made == [("openai", "gpt-4o", 1, 500, 0), ("anthropic", "claude-sonnet-4-5", 2, 200, 70)]
+    assert chat.requests()[-1].cost is not None
+    assert (len(provider.ledger), len(other.ledger)) == (1, 1)
+
+
+def test_fallbacks_that_are_named_go_before_a_routers_own(sqlite_store: Store, provider: Provider, other: Provider):
+    router = router_of(
+        *(("fast", provider.openai()), ("slow", other.anthropic()), ("slower", other.openai())),
+        default_fallbacks=["slow"],
+    )
+    provider.fail(500)
+    other.reply("Hi.")
+    chat = create_chat(sqlite_store, model="fast", llm=router, retries=0).with_fallbacks("slower")
+    assert chat.ask("Hello").model_id == "gpt-4o"
+    assert [request.format for request in other.requests] == ["openai"]
+
+
+def test_of_a_router_with_rules_of_its_own_the_row_says_who_answered_and_what_it_cost(
     sqlite_store: Store, ask: Ask, provider: Provider, other: Provider
 ):
     """The call that failed before is not on record: litellm says that there was one, and not what became of it."""
     router = router_of(
-        ("fast", provider.openai()), ("slow", other.anthropic()), num_retries=0, fallbacks=[{"fast": ["slow"]}]
+        *(("fast", provider.openai()), ("slow", other.anthropic())),
+        num_retries=0,
+        fallbacks=[{"fast": ["slow"]}],
+        context_window_fallbacks=[{"fast": ["slow"]}],
     )
     provider.fail(500)
     other.reply(Answer("Hi.", input_tokens=70, output_tokens=8))
