@@ -5,7 +5,7 @@ The database lets one turn have it at a time: there is one pending message in a 
 
 import logging
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -67,6 +67,8 @@ class Progress:
     next_round: int = 0
     last_word: Reply | None = None
     """Its reply, where that is there already, and was only to be looked at."""
+    unseen: Reply | None = None
+    """What asked for them, where none of them was begun: whoever looks at replies may not have seen it yet."""
     call_ids: frozenset[str] = frozenset()
     provider: str = ""
     """Who said what it said."""
@@ -253,13 +255,17 @@ class Claim:
         running = {call.tool_call_id for call in calls if call.status == "running"}
         if not self._keeps_calls:  # nobody wrote which of them were started
             running = {call["id"] for call in last} - set(rows.results)
+        begun = {call.tool_call_id for call in calls if call.status != "pending" or call.approval is not None}
+        known = tuple(asked.get(call["id"]) or _parsed(call) for call in last)
+        is_unseen = bool(last) and self._keeps_calls and begun.isdisjoint(call.id for call in known)
         self.progress = Progress(
-            calls=tuple(asked.get(call["id"]) or _parsed(call) for call in last),
+            calls=known,
             approved=frozenset(call.tool_call_id for call in calls if call.approval == "approved"),
             interrupted=frozenset(running),
             rounds=sum(1 for said in rows.rounds if said.get("tool_calls")),
             next_round=max((call.round for call in calls), default=len(rows.rounds) - 1) + 1,
             last_word=None if last or not (rows.rounds or message.content) else _reply_in(message, rows.rounds),
+            unseen=replace(_reply_in(message, rows.rounds), tool_calls=known) if is_unseen else None,
             call_ids=frozenset(call["id"] for said in rows.rounds for call in said.get("tool_calls") or ()),
             provider=provider,
         )

@@ -10,8 +10,6 @@ from uuid import UUID
 
 BEAT_EVERY_S = 5.0
 LOOK_EVERY_S = 0.5
-LAST_BEAT_S = 30.0
-"""How long a beat that has begun is waited for when a store is closed."""
 
 log = logging.getLogger("llm_orm")
 
@@ -64,11 +62,8 @@ class Heart:
             stop()
 
     def stop(self) -> None:
-        """End the thread; it is waited for: to close a database under a statement of its own ends the process."""
         self._stopped.set()
         self._busy.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(LAST_BEAT_S)
 
     def _start(self) -> None:
         with self._lock:

@@ -248,7 +248,7 @@ def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> No
     if not holds(value):
         # What a mapping holds may be a key, which is not to be printed, and what should be one may be, too.
         shown = f" with {', '.join(map(repr, value))}" if isinstance(value, Mapping) and value else f"={value!r}"
-        if name in ("headers", "params") and not isinstance(value, Mapping):
+        if name in ("headers", "params") and value is not None and not isinstance(value, Mapping):
             shown = f" given as {type(value).__name__}"
         raise InvalidValue(f"{name}{shown}: {name} {rule}")
 

@@ -208,6 +208,10 @@ class Rows:
         kept = {call.id: self._stored(call.arguments) for call in calls}
         return [self._update_tool_call({"arguments": text}, call_id) for call_id, text in kept.items()]
 
+    def has_arguments_of(self, call: ToolCall) -> bool:
+        """Whether the arguments are those that the model wrote, and not what a middleware let be kept of them."""
+        return call.id in self.open_calls or not self._masks
+
     def park(self, calls: Sequence[ToolCall]) -> LlmMessage:
         """Let the turn wait for a person, with nothing in memory; the message as it waits."""
         rows = self.store.transact(*self.store.statements.park(self.message_id, [call.id for call in calls]))
@@ -491,7 +495,8 @@ class Rows:
         if self.replaces is None:
             return [self._update_message(columns)]
         replaced, self.position = self.replaces
-        gone = self.store.statements.delete(self.store.records.message, id=replaced)
+        ours = self.store.statements.chat_of_pending(self.message_id)  # where it was cleared as dead, the other stays
+        gone = self.store.statements.delete(self.store.records.message, id=replaced, chat_id=ours)
         return [gone, self._update_message({**columns, "position": self.position})]
 
     def _message_as_stored(self) -> LlmMessage:

@@ -45,6 +45,11 @@ class Statements:
     def living_chat(self, chat_id: UUID) -> Sql:
         return Sql(self._living_chat, (chat_id.hex,))
 
+    def chat_of_pending(self, message_id: UUID) -> Sql:
+        """The id of the message's chat, or NULL where its turn has ended."""
+        table = _table(self.records.message)
+        return Sql(f"(SELECT chat_id FROM {table} WHERE id = {self.param} AND status = 'pending')", (message_id.hex,))
+
     # Writing
 
     def insert(self, record: type[Record], *rows: Mapping[str, Any]) -> Sql:

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class Store:
         self._threads = threads
         self._executor: ThreadPoolExecutor | None = None
         self._process = os.getpid()
+        self._users = _Users()
 
     def __repr__(self) -> str:
         return f"<Store {described(self.database)}>"
@@ -124,14 +126,15 @@ class Store:
             )
         is_open = not opened
         try:
-            try:
-                if opened:
-                    open_connection(database)
-                    is_open = True
-                yield
-            finally:
-                if opened:
-                    database.close()
+            with self._users.one():
+                try:
+                    if opened:
+                        open_connection(database)
+                        is_open = True
+                    yield
+                finally:
+                    if opened:
+                        database.close()
         except (pw.PeeweeException, MaxConnectionsExceeded) as error:
             ours = self._translated(error)
             if ours is None:
@@ -223,7 +226,10 @@ class Store:
     # The end
 
     def close(self) -> None:
-        """Close the store for good, and every connection, unless they are those of a Database that you gave."""
+        """Close the store for good, and every connection, unless they are those of a Database that you gave.
+
+        What another thread is doing in the database at this moment is waited for.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -232,6 +238,7 @@ class Store:
             self._executor.shutdown()
             self._executor = None  # a turn in progress still has to end, and to say why it cannot be written
         if self._is_ours:
+            self._users.wait_for_others()
             self.database.close_all()  # type: ignore[attr-defined]
 
     def __enter__(self) -> "Store":
@@ -242,7 +249,7 @@ class Store:
 
     def _begin_anew(self) -> None:
         """In a forked process: the threads are gone, and the connections are the parent's to use and to close."""
-        self._process, self._executor = os.getpid(), None
+        self._process, self._executor, self._users = os.getpid(), None, _Users()
         database: Any = self.database
         if self._is_ours and database.database != ":memory:":
             _connections_of_parents.append((database._connections, database._in_use))
@@ -270,6 +277,37 @@ class Store:
         if _NO_DATABASE.search(text):
             return InvalidDatabase(f"{described(self.database)} cannot be opened: {text}")
         return None
+
+
+LONGEST_USE_S = 30.0
+"""How long a store that is being closed waits for a statement of another thread."""
+
+
+class _Users:
+    """The threads that are using connections of a store: to close one under a statement ends the process."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[int] = Counter()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._changed:
+            self._uses[thread] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._uses[thread] -= 1
+                if not self._uses[thread]:
+                    del self._uses[thread]
+                    self._changed.notify_all()
+
+    def wait_for_others(self) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: set(self._uses) <= {thread}, timeout=LONGEST_USE_S)
 
 
 _connections_of_parents: list[Any] = []

@@ -236,6 +236,11 @@ class Turn:
         self.rows.save(reply, calls, number, at_once)
         self._say(with_files_made(reply.message, reply.attachments), writer=reply.provider)
         self.call_ids |= {call.id for call in calls}
+        return (yield from self._run_unless_told(reply, already_started=at_once))
+
+    def _run_unless_told(self, reply: Reply, already_started: int = 0) -> Generator[Effect, Any, LlmMessage | None]:
+        """Run what a reply asks for, where those who look at it have nothing against it."""
+        calls = reply.tool_calls
         if self._is_watched:
             reviewed, directive = yield from self._review(reply)
             if isinstance(directive, RETRY):
@@ -248,7 +253,7 @@ class Turn:
                 self.rows.reject(calls, "Not run.", "a middleware put another reply in its place")
                 self._check_schema(reviewed)
                 return (yield from self._end_with(reviewed, taking_back=True))
-        return (yield from self._run_round(calls, already_started=at_once))
+        return (yield from self._run_round(calls, already_started=already_started))
 
     def _run_round(
         self, calls: Sequence[ToolCall], approved: frozenset[str] = frozenset(), already_started: int = 0
@@ -293,10 +298,13 @@ class Turn:
         if progress.last_word is not None:
             rows.received = progress.last_word
             return (yield from self._last_word(progress.last_word, is_saved=True))
+        if progress.unseen is not None:
+            rows.received = progress.unseen
+            return (yield from self._run_unless_told(progress.unseen))
         unknown = [call for call in progress.calls if call.id in progress.interrupted]
         toolbox = self.setting.options.toolbox
         for call in unknown:
-            if not toolbox.is_idempotent(call):
+            if not toolbox.is_idempotent(call) or not rows.has_arguments_of(call):
                 result = f"The tool {call.name!r} was interrupted while it ran. Whether it did its work is not known."
                 rows.save_outcome(ToolOutcome(call, result, status="failed", error="interrupted"))
         if not progress.calls:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -17,17 +17,24 @@ from conftest import WAYS, rows
 from freezegun import freeze_time
 
 from llm_orm import (
+    RETRY,
+    STOP,
     Agent,
     AsyncTool,
     AwaitsApproval,
     Chat,
     ChatBusy,
     InvalidValue,
+    Middleware,
     NothingToResume,
     NothingToRetry,
+    PIIMask,
+    Reply,
+    StoppedByMiddleware,
     Store,
     Tool,
     ToolRoundsExceeded,
+    TurnContext,
     connect,
     create_agent_session,
     create_chat,
@@ -924,6 +931,76 @@ def test_a_tool_whose_calls_are_not_stored_is_not_run_twice_either(store, databa
     assert survivor.resume(stale_after=0).content == "Who knows."
     assert ran == ["London"]
     assert shown(survivor)[-1] == ("tool", UNKNOWN)
+
+
+def test_a_tool_that_may_run_again_is_not_run_with_what_a_mask_has_left_of_its_arguments(store, database_url):
+    sent: list[str] = []
+
+    @tool(idempotent=True)
+    def mail(to: str) -> str:
+        sent.append(to)
+        return "sent"
+
+    options: Any = {"tools": [mail], "persistence": {"tool_calls": False}, "middlewares": [PIIMask(stored=True)]}
+    dying = connect(database_url)
+    chat = chat_with(dying, Call("mail", to="ada@example.com"), lambda keywords: die_in(dying), **options)
+    with pytest.raises(Died):
+        chat.ask("Write to her.")
+    dying.close()
+    survivor = load_chat(store, chat.id, llm=ScriptedLLM("Who knows."), **options)
+    assert survivor is not None
+    assert survivor.resume(stale_after=0).content == "Who knows."
+    assert sent == ["ada@example.com"]
+
+
+@pytest.mark.parametrize("says", ["STOP", "RETRY", "nothing"])
+def test_who_had_not_seen_what_a_reply_asks_for_sees_it_before_it_is_run(store, database_url, says):
+    """The process died while it was looked at; no tool had begun."""
+    ran: list[str] = []
+
+    @tool
+    def wipe() -> str:
+        ran.append("wipe")
+        return "wiped"
+
+    class Guard(Middleware):
+        def on_response(self, context: TurnContext, reply: Reply) -> Any:
+            if context.chat_id not in seen:
+                seen.add(context.chat_id)
+                die_in(dying)
+            told = {"STOP": STOP, "RETRY": RETRY("Do not."), "nothing": None}
+            return told[says] if reply.tool_calls else None
+
+    seen: set[Any] = set()
+    options: Any = {"tools": [wipe], "middlewares": [Guard()]}
+    dying = connect(database_url)
+    chat = chat_with(dying, Call("wipe"), **options)
+    with pytest.raises(Died):
+        chat.ask("Clean up.")
+    dying.close()
+    survivor = load_chat(store, chat.id, llm=ScriptedLLM("Fine."), stale_after=0, **options)
+    assert survivor is not None
+    with pytest.raises(StoppedByMiddleware) if says == "STOP" else nullcontext():
+        assert survivor.resume().content == "Fine."
+    assert ran == (["wipe"] if says == "nothing" else [])
+    if says == "RETRY":
+        assert shown(survivor)[-1] == ("tool", "Do not.")
+
+
+def test_a_call_id_that_a_provider_uses_again_after_a_death_is_another_one(store, database_url):
+    options: Any = {"tools": [get_weather], "persistence": {"tool_calls": False}}
+    first, second = Call("get_weather", city="London", call_id="0"), Call("get_weather", city="Paris", call_id="0")
+    dying = connect(database_url)
+    chat = chat_with(dying, [first], lambda keywords: die_in(dying), **options)
+    with pytest.raises(Died):
+        chat.ask("Weather?")
+    dying.close()
+    survivor = load_chat(store, chat.id, llm=ScriptedLLM([second], "Who knows."), **options)
+    assert survivor is not None
+    survivor.resume(stale_after=0)
+    assert [content for role, content in shown(survivor) if role == "tool"][1:] == ["rain in Paris"]
+    ids = [message["tool_call_id"] for message in survivor.history if message["role"] == "tool"]
+    assert len(set(ids)) == 2
 
 
 # Death in this process

@@ -206,6 +206,26 @@ def test_a_stream_that_was_given_up_is_closed_when_its_provider_speaks_again(sto
     assert rows(store, "message", "role", "status", "content") == ERASED
 
 
+UNREAD = """
+import sys
+from llm_orm import connect, create_chat
+from llm_orm.testing import ScriptedLLM
+
+store = connect(sys.argv[1])
+stream = create_chat(store, model="test", llm=ScriptedLLM("one two three")).ask_stream("Count!")
+print(next(stream).content)
+"""
+
+
+def test_a_process_that_leaves_a_stream_unread_ends_and_its_turn_with_it(store, database_url):
+    """When Python ends, the threads that models are called on run no more, and are not waited for."""
+    command = [sys.executable, "-c", UNREAD, database_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("one \n", 0), done.stderr
+    assert rows(store, "message", "role", "status", "content") == ERASED
+    assert rows(store, "request", "status_code", "error") == [(499, "GeneratorExit")]
+
+
 FORK = """
 import asyncio, os, sys, threading
 from llm_orm import connect, create_chat, load_chat, tool

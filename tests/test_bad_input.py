@@ -382,7 +382,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("params", {"stream": True}, "params with 'stream': params must be"),
     ("params", {"num_retries": 3}, "params with 'num_retries': params must be"),
     ("headers", None, "headers=None: headers must be strings by name"),
-    ("headers", "x", "headers='x': headers must be strings by name"),
+    ("headers", "x", "headers given as str: headers must be strings by name"),
     ("headers", {"X-Team": 5}, "headers with 'X-Team': headers must be strings by name"),
     ("request_timeout", -1, "request_timeout=-1: request_timeout must be seconds"),
     ("request_timeout", "1m", "request_timeout='1m': request_timeout must be seconds"),

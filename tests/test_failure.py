@@ -573,6 +573,26 @@ def test_a_closed_store_says_so(store, ask):
         ask(chat, "Hi")
 
 
+def test_a_kept_answer_outlives_a_retry_that_was_cleared_as_dead_and_was_not(store):
+    def sleep(keywords: dict[str, Any]) -> str:
+        other = load_chat(store, chat.id, llm=ScriptedLLM("Hello!"), stale_after=0)
+        assert other is not None
+        other.ask("Anybody?")
+        return "Too late."
+
+    chat = chat_with(store, Say("Half", error=ProviderError(400)), sleep, on_error="keep")
+    with pytest.raises(ProviderError):
+        WAYS["ask_stream"](chat, "Hi")
+    with pytest.raises(ReplyNotSaved):
+        chat.retry()
+    assert rows(store, "message", "role", "status", "content") == [
+        ("user", "completed", "Hi"),
+        ("assistant", "failed", "Half"),
+        ("user", "completed", "Anybody?"),
+        ("assistant", "completed", "Hello!"),
+    ]
+
+
 def test_a_kept_answer_outlives_a_retry_that_gives_nothing(store, ask):
     llm = ScriptedLLM(Say("half of it", error=ProviderError(400)), ProviderError(401), "All of it.")
     chat = create_chat(store, model="m", llm=llm, retries=0, on_error="keep")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,19 @@ from conftest import WAYS, Ask, rows
 from provider import Answer, Provider
 from provider import Call as CallOfProvider
 
-from llm_orm import Chat, Fallbacks, Retries, Store, UnknownModel, connect, create_chat, load_chat, tool
+from llm_orm import (
+    Chat,
+    Fallbacks,
+    Halt,
+    Retries,
+    Store,
+    ToolError,
+    UnknownModel,
+    connect,
+    create_chat,
+    load_chat,
+    tool,
+)
 from llm_orm.testing import APIConnectionError, Call, ProviderError, Say, ScriptedLLM
 
 AT_ONCE = Retries(attempts=2, first_wait_s=0.0)
@@ -282,6 +295,32 @@ def test_a_turn_that_another_provider_takes_up_is_shown_without_the_first_ones_t
     assert "sig-1" not in str(llm.requests[1]) + str(llm.requests[2])
     assert "sig-1" in str(llm.requests[3])
     assert all("'content': 'cancelled'" in str(request) for request in llm.requests[1:])
+
+
+@pytest.mark.parametrize("ends", ["with a text", "with an error"])
+def test_a_turn_that_another_provider_takes_up_and_says_nothing_in_is_still_the_first_ones(store: Store, ends: str):
+    @tool(requires_approval=True)
+    def cancel() -> Any:
+        if ends == "with a text":
+            return Halt("Cancelled.")
+        raise ToolError("it was shipped", fatal=True)
+
+    thinks = Say("Let me look.", thinking="Hm.", signature="sig-1", calls=[Call("cancel")])
+    llm = TwoProviders(thinks, "Bye.", "Bye.")
+    chat = create_chat(store, model="one/m", llm=llm, tools=[cancel], on_error="keep")
+    chat.ask("Cancel it.")
+    chat.approve(chat.pending_approvals()[0])
+
+    after_a_deploy = load_chat(store, chat.id, model="two/n", llm=llm, tools=[cancel], on_error="keep")
+    assert after_a_deploy is not None
+    with nullcontext() if ends == "with a text" else pytest.raises(ToolError):
+        after_a_deploy.resume()
+    after_a_deploy.ask("Bye.")
+    chat.ask("Bye.")
+
+    assert "sig-1" not in str(llm.requests[1])
+    assert "sig-1" in str(llm.requests[2])
+    assert rows(store, "message", "provider")[1] == ("one",)
 
 
 def test_openai_fails_and_anthropic_answers(

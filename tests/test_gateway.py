@@ -12,9 +12,22 @@ import pytest
 from conftest import WAYS, Ask, rows
 from provider import Answer, Call, Provider
 
-from llm_orm import LLM, Chat, Retries, Store, UnknownModel, connect, create_chat, load_chat, register_price, tool
+from llm_orm import (
+    LLM,
+    Chat,
+    InvalidValue,
+    Retries,
+    Store,
+    UnknownModel,
+    connect,
+    create_chat,
+    load_chat,
+    register_price,
+    tool,
+)
 from llm_orm.testing import Call as ScriptedCall
 from llm_orm.testing import ProviderError, Say, ScriptedLLM
+from llm_orm.values import ModelRequest
 
 FORMATS = ("openai", "anthropic", "gemini")
 STREAMED = ("ask_stream", "aask_stream")
@@ -633,6 +646,19 @@ def test_a_key_is_neither_printed_nor_stored(store: Store, provider: Provider, d
     everything = str([list(record.select().dicts()) for record in store.records])
     assert "canary" not in everything
     assert "canary" not in repr(chat.options.llm) + repr(chat) + repr(chat.options)
+
+
+def test_no_key_is_printed_of_an_address_a_request_or_a_value_of_the_wrong_kind(sqlite_url: str):
+    with connect(sqlite_url) as store:
+        llm = LLM(provider="openai", api_base="https://ada:canary-password@example.com/v1")
+        assert repr(llm) == "<LLM provider='openai' api_base='https://ada:***@example.com/v1'>"
+        for name, value in (("headers", [("x-key", "canary")]), ("headers", "canary"), ("params", [("k", "canary")])):
+            with pytest.raises(InvalidValue, match=f"{name} given as (list|str): ") as raised:
+                create_chat(store, model="m", **{name: value})
+            assert "canary" not in str(raised.value)
+    options = {"api_key": "canary", "extra_headers": {"x-key": "canary"}}
+    request = ModelRequest(llm=None, model="m", provider=None, messages=[], options=options, stream=False)
+    assert "canary" not in repr(request)
 
 
 def test_a_provider_that_litellm_does_not_know_is_refused_before_anything_is_written(store: Store, ask: Ask):

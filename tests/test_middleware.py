@@ -1046,6 +1046,21 @@ def test_a_guard_of_a_turn_lets_each_turn_spend_as_much(store: Store, ask: Ask):
     assert chat.stats().cost == 13
 
 
+def test_a_guard_of_a_turn_knows_what_the_turn_had_cost_before_it_waited(store: Store):
+    @tool(requires_approval=True)
+    def refund() -> str:
+        return "refunded"
+
+    chat = priced(store, Say("Hi.", cost="9"), Say(calls=[Call("refund")], cost="7"), "never")
+    chat.with_tools(refund).use(CostGuard("6", per="turn"))
+    chat.ask("Hello.", history=0)
+    chat.ask("My money!", history=0)
+    chat.approve(chat.pending_approvals()[0])
+    with pytest.raises(CostLimitExceeded) as raised:
+        chat.resume(history=0)
+    assert raised.value.spent == 7
+
+
 def test_a_failed_attempt_counts_with_what_it_cost(store: Store):
     chat = priced(store, Say("one two", error=ProviderError(500)), "never", middlewares=[CostGuard("0.05")], retries=0)
     with pytest.raises(ProviderError):
@@ -1064,6 +1079,29 @@ def test_a_guard_needs_the_rows_that_it_sums_up(store: Store, ask: Ask):
     assert rows(store, "message", "role") == []
     free = priced(store, "Hello!", middlewares=[CostGuard("4", per="turn")], persistence={"requests": False})
     assert ask(free, "Hi").content == "Hello!"
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_what_was_sent_back_is_not_kept_where_the_turn_fails_before_the_next_call(store: Store, way: str):
+    class Guard(Middleware):
+        def on_request(self, context: TurnContext) -> None:
+            if context.correction_rounds:
+                raise InvalidValue("enough")
+
+        def on_response(self, context: TurnContext, reply: Reply) -> RETRY:
+            return RETRY("Again.")
+
+    llm = ScriptedLLM(Say("Sorry.", thinking="Hm.", signature="sig"), "Bye.")
+    chat = create_chat(store, model="test", llm=llm, on_error="keep")
+    with pytest.raises(InvalidValue, match="enough"):
+        WAYS[way](chat, "Hi", middlewares=[Guard()])
+    assert rows(store, "message", "role", "status", "content") == [
+        ("user", "completed", "Hi"),
+        ("assistant", "failed", None),
+    ]
+    WAYS[way](chat, "Bye")
+    assert "Sorry" not in str(llm.requests[-1])
+    assert len(chat.requests()) == 2
 
 
 # PIIMask

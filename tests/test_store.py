@@ -674,3 +674,36 @@ def test_database_work_does_not_hold_up_the_event_loop(database_url: str) -> Non
     with connect(database_url, pool_size=1, pool_timeout=10) as store:
         store.create_tables()
         assert asyncio.run(act(store)) == "Hello!"
+
+
+def test_a_store_that_is_closed_waits_for_what_another_thread_is_doing_in_it(store):
+    """SQLite ends the process where a connection is closed under a statement."""
+    begun, finish, order = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        with store.connection():
+            begun.set()
+            finish.wait(10)
+            store.database.execute_sql("SELECT 1").fetchall()
+            order.append("worked")
+
+    def close() -> None:
+        store.close()
+        order.append("closed")
+
+    working, closing = threading.Thread(target=work), threading.Thread(target=close)
+    working.start()
+    begun.wait(10)
+    closing.start()
+    closing.join(0.05)
+    finish.set()
+    working.join()
+    closing.join()
+    assert order == ["worked", "closed"]
+
+
+def test_a_store_may_be_closed_by_the_thread_that_uses_it(store):
+    with store.connection():
+        store.close()
+    with pytest.raises(StoreClosed):
+        store.create_tables()

@@ -7,10 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peewee as pw
 import pytest
 from conftest import WAYS, rows
 
-from llm_orm import Chat, InsideTransaction, Retries, Store, connect, create_chat, load_chat, tool
+from llm_orm import (
+    REPLACE,
+    Chat,
+    InsideTransaction,
+    LlmOrmError,
+    Middleware,
+    Retries,
+    Store,
+    TurnContext,
+    connect,
+    create_chat,
+    load_chat,
+    tool,
+)
 from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
 LONDON = Call("get_weather", city="London")
@@ -235,6 +249,19 @@ def test_a_stream_that_is_first_read_inside_a_transaction_is_refused(store):
         with pytest.raises(InsideTransaction):
             next(stream)
     assert (llm.requests, messages(store)) == ([], [])
+
+
+def test_a_stream_that_is_read_on_inside_a_transaction_is_refused_and_goes_on_outside(store):
+    """The reply and its request would be undone with it, and the chat would be busy with a turn that has ended."""
+    chat = chat_with(store, "one two three")
+    stream = chat.ask_stream("Count!")
+    next(stream)
+    with pytest.raises(InsideTransaction):
+        with store.connection(), store.database.atomic():
+            list(stream)
+    assert "".join(chunk.content for chunk in stream) == "two three"
+    assert messages(store) == [*ERASED, ("assistant", "completed", "one two three")]
+    check_at_rest(chat)
 
 
 # Cancelled
@@ -501,6 +528,24 @@ def test_ctrl_c_while_a_model_is_waited_for_is_on_record_and_passed_on(store, as
     check_at_rest(chat)
 
 
+def test_ctrl_c_while_the_tokens_of_a_reply_are_counted_loses_nothing_of_it(store, ask):
+    class Counting(ScriptedLLM):
+        counted = 0
+
+        def token_counter(self, *arguments: Any, **keywords: Any) -> int:
+            self.counted += 1
+            if self.counted <= 2:  # whoever presses it once, presses it twice
+                raise KeyboardInterrupt
+            return super().token_counter(*arguments, **keywords)
+
+    chat = create_chat(store, model="test", llm=Counting(Say("one two", usage=False)), on_error="keep")
+    with pytest.raises(KeyboardInterrupt):
+        ask(chat, "Count!")
+    assert rows(store, "request", *HUNG_UP) == [(499, "KeyboardInterrupt", True, 1, 2)]
+    assert messages(store) == [*ERASED, ("assistant", "incomplete", "one two")]
+    check_at_rest(chat)
+
+
 @pytest.mark.parametrize("way", ["ask", "ask_stream"])
 def test_ctrl_c_in_a_tool_leaves_its_call_interrupted(store, way):
     @tool
@@ -539,6 +584,36 @@ def test_ctrl_c_at_any_statement_leaves_the_chat_at_rest(store, way, on_error, b
         check_at_rest(chat)
     assert number >= 5
     assert notes == []
+
+
+# A database that does not answer, once
+
+
+class Rescue(Middleware):
+    def on_error(self, context: TurnContext, error: Exception) -> REPLACE:
+        return REPLACE("Sorry.")
+
+
+@pytest.mark.parametrize("way", ["ask", "ask_stream"])
+@pytest.mark.parametrize("rescued", [False, True], ids=["raised", "rescued"])
+def test_a_statement_that_fails_once_loses_no_paid_call_and_leaves_no_tool_running(store, way, rescued):
+    def fail() -> None:
+        raise pw.OperationalError("gone")
+
+    for number in itertools.count():
+        script = Say("Looking.", calls=[LONDON, LONDON]), Say(calls=[LONDON])
+        chat = chat_with(store, *script, tools=[get_weather], max_tool_calls=1, middlewares=[Rescue()] * rescued)
+        with at_statement(store, number, fail) as said:
+            try:
+                WAYS[way](chat, "Count!")
+            except LlmOrmError:
+                pass
+        if len(said) <= number:
+            break
+        assert len(chat.requests()) == len(chat.options.llm.requests)
+        if "pending" not in {message.status for message in chat.messages()}:
+            assert {call.status for call in chat.tool_calls()} <= {"completed", "failed"}
+    assert number >= 5
 
 
 # Death
