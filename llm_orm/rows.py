@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from .attachments import reworded
-from .errors import ChatGone, ReplyNotSaved, TablesMissing, TurnCancelled
+from .errors import ChatGone, DatabaseUnavailable, ReplyNotSaved, TablesMissing, TurnCancelled
 from .middleware import methods_of, stored
 from .options import Setting
 from .records import LlmMessage, now, uuid7
@@ -62,6 +62,8 @@ class Rows:
     """What the model said last, whole or in part."""
     request_id: UUID = field(default_factory=uuid7)
     """Of the last call's row: written twice, where it is not known whether it was, it is there once."""
+    owed: list[Sql] = field(default_factory=list)
+    """Request rows of failed calls that the database was not there to take."""
     late: tuple[UUID, Answer] | None = None
     """The answer to a call that was given up before it came."""
     unrecorded: Attempt | None = None
@@ -130,6 +132,8 @@ class Rows:
                     f"the request row of a paid call could not be written: {problem}; the reply is in .reply",
                     reply=answer.reply,
                 ) from problem
+            if isinstance(problem, DatabaseUnavailable):
+                self.owed.append(self._request(attempt))  # it goes with what is written next
             answer.error.add_note(f"llm_orm: the request row of this call could not be written: {problem}")
             log.warning("the request row of a failed call could not be written: %s", problem)
         except BaseException:
@@ -278,7 +282,7 @@ class Rows:
             statements += self._kept(error) or [gone]
         except Exception:  # what a middleware does not let be stored is not kept
             statements.append(gone)
-        self.clear_placeholder(error, *statements)
+        self.clear_placeholder(error, *self.owed, *statements)
 
     def clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
         """Clear it; where that fails, it does not hide why it was to be done."""
@@ -468,8 +472,8 @@ class Rows:
         try:
             recorded = self.unrecorded if self.setting.options.stores_requests else None
             request = [self._request(recorded)] if recorded else []
-            rows = self.store.transact(*request, *statements)
-            self.unrecorded = None
+            rows = self.store.transact(*self.owed, *request, *statements)
+            self.unrecorded, self.owed = None, []
         except Exception as problem:
             raise ReplyNotSaved(
                 f"the model's reply could not be written: {problem}; it is in .reply, whole", reply=reply

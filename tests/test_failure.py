@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import WAYS, Ask, rows
 from llm_orm import (
     Chat,
     ChatGone,
+    DatabaseUnavailable,
     NothingToRetry,
     ReplyNotSaved,
     Retries,
@@ -184,6 +186,26 @@ def test_a_rollback_that_fails_never_hides_why_there_was_one(store, database_url
     rename_messages(database_url, "elsewhere", "llm_message")
     assert rows(store, "message", "role", "status") == [("user", "completed"), ("assistant", "pending")]
     assert ask(chat, "Again?", stale_after=0).content == "Hello!"
+
+
+@pytest.mark.parametrize(("script", "statuses"), [((503, "Hello!"), [503, 200]), ((400,), [400])])
+def test_the_row_of_a_failed_call_that_the_database_did_not_take_goes_with_what_is_written_next(
+    store, ask, monkeypatch, script, statuses
+):
+    transact, asked = store.transact, []
+
+    def blinking(*statements: Any) -> Any:
+        asked.append(statements)
+        if len(asked) == 2:  # the claim is written, the row of the call that failed is not
+            raise DatabaseUnavailable("gone for a moment")
+        return transact(*statements)
+
+    monkeypatch.setattr(store, "transact", blinking)
+    chat = chat_with(store, *(ProviderError(each) if isinstance(each, int) else each for each in script))
+    with suppress(ProviderError):
+        ask(chat, "Hi", retries=AT_ONCE)
+    assert [status for (status,) in rows(store, "request", "status_code")] == statuses
+    assert rows(store, "message", "status") == [("completed",)] * len(statuses)
 
 
 @pytest.mark.parametrize("way", ["ask", "ask_stream"])
