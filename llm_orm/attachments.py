@@ -380,13 +380,6 @@ def _url_of(attachment: Attachment) -> str | None:
 # What a model made
 
 
-def made_by_model(message: Any) -> list[Attachment]:
-    """Pictures and sound in a reply of litellm's; never raises."""
-    made = MadeFiles()
-    made.add(message)
-    return made.attachments()
-
-
 class MadeFiles:
     """Pictures and sound of one reply, collected from litellm's message, or from the deltas of its stream."""
 

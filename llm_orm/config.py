@@ -1,5 +1,6 @@
 """What a chat asks its model with, and the methods that change it: from the next turn on, for this object alone."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -33,14 +34,14 @@ class Config:
 Change = Callable[[Config], Config]
 
 
-class Configurable:
+class Configurable(ABC):
     """The methods of a chat that say how it asks. None of it is stored; each holds from the next turn on."""
 
     _changes: tuple[Change, ...] = ()
     _hooks: dict[str, tuple[Callable[..., Any], ...]]
 
-    def _base(self) -> Config:
-        raise NotImplementedError
+    @abstractmethod
+    def _base(self) -> Config: ...
 
     def _standing_base(self) -> Config:
         return self._base()

@@ -18,6 +18,7 @@ from typing import Any
 import peewee as pw
 import psycopg2
 import pytest
+from provider import Provider
 
 import llm_orm
 from llm_orm import Chat, Store, connect
@@ -234,6 +235,20 @@ def store(database_url: str, sqlite_file: Path, tmp_path: Path) -> Iterator[Stor
         yield store
 
 
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider() as provider:
+        yield provider
+
+
+@pytest.fixture
+def sqlite_store(sqlite_url: str) -> Iterator[Store]:
+    """For what a provider does and the database has no part in."""
+    with connect(sqlite_url) as store:
+        store.create_tables()
+        yield store
+
+
 Ask = Callable[..., Any]
 
 
@@ -284,6 +299,20 @@ def no_thread_is_left() -> Iterator[None]:
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("llm_orm tool")] == []
 
 
+def after_read(store: Store, number: int, act: Callable[[], Any]) -> None:
+    """Act behind read `number` (from 1) of the store, before its reader goes on."""
+    read, count = store.read, []
+
+    def read_and_act(statement: Any) -> Any:
+        found = read(statement)
+        count.append(1)
+        if len(count) == number:
+            act()
+        return found
+
+    store.read = read_and_act  # type: ignore[method-assign]
+
+
 def rows(store: Store, record: str, *columns: str) -> list[tuple[Any, ...]]:
     """The rows of a table as tuples of the columns, in the order in which a reader would expect them."""
     table = getattr(store.records, record)
@@ -297,4 +326,4 @@ def rows(store: Store, record: str, *columns: str) -> list[tuple[Any, ...]]:
         return list(query.order_by(*(getattr(table, name) for name in order)).tuples())
 
 
-__all__ = ["WAYS", "Ask", "llm_orm", "rows"]
+__all__ = ["WAYS", "Ask", "after_read", "llm_orm", "rows"]

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from conftest import WAYS, rows
+from conftest import WAYS, after_read, rows
 from freezegun import freeze_time
 
 from llm_orm import (
@@ -710,20 +710,6 @@ def test_who_waits_to_resume_a_live_turn_has_nothing_left_to_do(store, resume):
         with pytest.raises(NothingToResume):
             resume(again(chat), wait=20)
         assert turn.result().content == "Mine."
-
-
-def after_read(store: Store, number: int, act: Callable[[], Any]) -> None:
-    """Act behind read `number` (from 1) of the store, before its reader goes on."""
-    read, count = store.read, []
-
-    def read_and_act(statement: Any) -> Any:
-        found = read(statement)
-        count.append(1)
-        if len(count) == number:
-            act()
-        return found
-
-    store.read = read_and_act  # type: ignore[method-assign]
 
 
 def test_of_two_that_resume_at_once_one_gets_the_turn(store, resume):

@@ -6,7 +6,6 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -637,20 +636,6 @@ def test_a_hook_that_changes_the_text_alone_leaves_the_pictures(store: Store, as
 
 
 # On the wire
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 def on_the_wire(provider: Provider, wire: str) -> dict[str, Any]:

@@ -740,20 +740,6 @@ def test_a_resumed_turn_is_stopped_like_any_other(store, never):
 # Over HTTP, by the real litellm
 
 
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
-
-
 def chat_on(store: Store, provider: Provider, wire: str, **options: Any) -> Chat:
     settings = getattr(provider, wire)()
     model = settings.pop("model")

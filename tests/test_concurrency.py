@@ -4,14 +4,14 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import rows
+from conftest import after_read, rows
 from freezegun import freeze_time
 
 from llm_orm import Chat, ChatBusy, ReplyNotSaved, Store, connect, create_chat, load_chat, tool
@@ -39,20 +39,6 @@ def again(chat: Chat, *script: Any, **options: Any) -> Chat:
 
 def messages(store: Store) -> list[Any]:
     return rows(store, "message", "position", "role", "status", "content")
-
-
-def after_read(store: Store, number: int, act: Callable[[], Any]) -> None:
-    """Act behind read `number` (from 1) of the store, before its reader goes on."""
-    read, count = store.read, []
-
-    def read_and_act(statement: Any) -> Any:
-        found = read(statement)
-        count.append(1)
-        if len(count) == number:
-            act()
-        return found
-
-    store.read = read_and_act  # type: ignore[method-assign]
 
 
 # One turn at a time

@@ -18,7 +18,6 @@ from llm_orm import (
     Store,
     ToolError,
     UnknownModel,
-    connect,
     create_chat,
     load_chat,
     tool,
@@ -360,23 +359,9 @@ def test_openai_fails_and_anthropic_answers(
 
 
 @pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
-
-
-@pytest.fixture
 def other() -> Iterator[Provider]:
     with Provider() as other:
         yield other
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 def router_of(*deployments: tuple[str, dict[str, str]], **settings: Any) -> Any:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -57,20 +57,6 @@ def get_weather(city: str) -> dict:
 def look(where: str) -> str:
     """Look somewhere."""
     return f"looked at {len(where)} characters"
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 @pytest.fixture(params=FORMATS)

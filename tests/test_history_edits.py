@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -751,20 +751,6 @@ def test_litellm_counts_by_the_models_tokenizer(sqlite_store: Store):
 
 
 # On the wire
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 @pytest.mark.parametrize("way", ["ask", "aask_stream"])

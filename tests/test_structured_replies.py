@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -494,12 +494,6 @@ def test_a_reply_that_was_there_when_its_process_died_is_the_object_once_resumed
 
 
 # On the wire
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
 
 
 def chat_on(store: Store, provider: Provider, wire: str, **options: Any) -> Chat:

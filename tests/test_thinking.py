@@ -7,7 +7,7 @@ import pytest
 from conftest import WAYS, Ask, rows
 from provider import Answer, Call, Provider
 
-from llm_orm import LLM, Chat, Retries, Store, connect, create_chat, load_chat, tool
+from llm_orm import LLM, Chat, Retries, Store, create_chat, load_chat, tool
 from llm_orm.testing import Call as ScriptedCall
 from llm_orm.testing import Say, ScriptedLLM
 
@@ -20,20 +20,6 @@ WEATHER = Call("get_weather", {"city": "London"}, signature="c2lnbmVkIGNhbGw=")
 def get_weather(city: str) -> dict:
     """Current weather in a city."""
     return {"city": city, "celsius": 3}
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    with Provider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 def wire_of(model: str) -> str:
