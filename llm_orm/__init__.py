@@ -32,7 +32,9 @@ from .errors import (
     TurnFailed,
     UnknownKeyword,
     UnknownModel,
+    UnreadableReply,
     WrongCall,
+    WrongKey,
     WrongSetup,
 )
 from .gateway import LLM, register_price
@@ -40,6 +42,9 @@ from .loading import acreate_chat, aload_chat, create_chat, load_chat
 from .middleware import CostGuard, Middleware, PIIMask, SchemaSelfCorrection, UsageLogger
 from .options import Options
 from .records import LlmAgentSession, LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
+from .recovery import Recovered, recover
+from .retention import Erased, Pruned, aerase, aprune, erase, prune
+from .rotation import Rotated
 from .session import (
     AgentSession,
     acreate_agent_session,
@@ -47,6 +52,7 @@ from .session import (
     create_agent_session,
     load_agent_session,
 )
+from .soundness import Finding, acheck, check
 from .store import Store, connect
 from .tools import Tool, ToolContext, tool
 from .values import (
@@ -89,7 +95,9 @@ __all__ = [
     "CostLimitExceeded",
     "DatabaseUnavailable",
     "EmptyMessage",
+    "Erased",
     "Fallbacks",
+    "Finding",
     "Halt",
     "InsideTransaction",
     "InvalidDatabase",
@@ -109,9 +117,12 @@ __all__ = [
     "NothingToRetry",
     "Options",
     "PIIMask",
+    "Pruned",
+    "Recovered",
     "Reply",
     "ReplyNotSaved",
     "Retries",
+    "Rotated",
     "SchemaSelfCorrection",
     "Stats",
     "StoppedByMiddleware",
@@ -131,20 +142,29 @@ __all__ = [
     "TurnFailed",
     "UnknownKeyword",
     "UnknownModel",
+    "UnreadableReply",
     "Usage",
     "UsageLogger",
     "WrongCall",
+    "WrongKey",
     "WrongSetup",
+    "acheck",
     "acreate_agent_session",
     "acreate_chat",
+    "aerase",
     "aload_agent_session",
     "aload_chat",
+    "aprune",
+    "check",
     "connect",
     "create_agent_session",
     "create_chat",
     "define_agent",
+    "erase",
     "load_agent_session",
     "load_chat",
+    "prune",
+    "recover",
     "register_price",
     "tool",
 ]

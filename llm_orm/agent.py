@@ -62,6 +62,7 @@ class Agent:
     persistence: Any
     on_error: Any
     wait: Any
+    save_every: Any
     stale_after: Any
     debug: Any
 

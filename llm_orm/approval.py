@@ -5,22 +5,19 @@ from typing import Any
 from uuid import UUID
 
 from .checks import as_key, check_storable
-from .claim import age_of
 from .errors import InvalidValue
 from .heart import BEAT_EVERY_S
 from .options import Options
 from .records import LlmToolCall, now
-from .rows import kept_arguments
-from .statements import Sql
+from .stopped import age_of, end, pending_message
 from .store import Store
-from .values import as_uuid
+from .values import storable
 
 
 def pending_approvals(store: Store, chat_id: UUID) -> list[LlmToolCall]:
     record: Any = store.records.tool_call
     waiting = record.select().where(record.chat == chat_id, record.approval == "required", record.status == "pending")
-    with store.connection():
-        return list(waiting.order_by(record.created_at, record.round, record.position))
+    return store.found(waiting.order_by(record.created_at, record.round, record.position))
 
 
 def approve(store: Store, chat_id: UUID, given: Any) -> LlmToolCall:
@@ -63,7 +60,7 @@ def _waiting(store: Store, chat_id: UUID, given: Any) -> LlmToolCall:
         if call.id == key or call.tool_call_id == given:
             return call
     record: Any = store.records.tool_call
-    meant = record.id == key if key else record.tool_call_id == str(given)
+    meant = record.id == key if key else record.tool_call_id == storable(str(given))
     with store.connection():
         decided = record.get_or_none((record.chat == chat_id) & meant & record.approval.in_(("approved", "denied")))
     if decided is not None:
@@ -82,27 +79,26 @@ def cancel(
 
     kept    what the database is to keep of the arguments of tool calls that will not run
     """
-    sql, message = store.statements, store.records.message
-    pending = store.read(sql.pending_message(chat_id))
-    if not pending:
+    sql = store.statements
+    message = pending_message(store, chat_id)
+    if message is None:
         return False
-    message_id, seen, parked = pending[0]
-    ours: dict[str, Any] = {"id": as_uuid(message_id), "status": "pending"}
     # One that was alive a moment ago gets to say so itself, whatever counts as dead.
-    if parked is None and age_of(seen) < max(options.stale_after, 2 * BEAT_EVERY_S):
-        asked = store.transact(sql.update(message, {"cancelled_at": now()}, returning="parked_at", **ours))
+    if message.parked_at is None and age_of(message.updated_at) < max(options.stale_after, 2 * BEAT_EVERY_S):
+        ours = {"id": message.id, "status": "pending"}
+        asked = store.transact(
+            sql.update(store.records.message, {"cancelled_at": now()}, returning="parked_at", **ours)
+        )
         if asked and asked[0][0] is not None:  # it was parked at this moment
             return cancel(store, chat_id, options, kept)
-        store.heart.cancel(as_uuid(message_id))
+        store.heart.cancel(message.id)
         return bool(asked)
-    mark, value = ("updated_at", seen) if parked is None else ("parked_at", parked)
-    ours[mark] = Sql(sql.param, (value,))
-    statements: list[Sql] = []
-    if options.stores_tool_calls:
-        statements = [*kept_arguments(store, ours["id"], kept), sql.interrupt_tool_calls(**ours)]
-    if options.on_error == "keep":
-        ended = {"status": "incomplete", "parked_at": None, "updated_at": now()}
-        statements.append(sql.update(message, ended, returning="id", **ours))
-    else:
-        statements.append(sql.delete(message, returning="id", **ours))
-    return bool(store.transact(*statements))
+    outcome = end(
+        store,
+        message,
+        keep=options.on_error == "keep",
+        kept=kept,
+        stores_tool_calls=options.stores_tool_calls,
+        stores_requests=options.stores_requests,
+    )
+    return outcome is not None

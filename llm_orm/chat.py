@@ -3,7 +3,7 @@
 import inspect
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Self, Unpack
 from uuid import UUID
 
@@ -12,15 +12,17 @@ import peewee as pw
 from . import gateway
 from .approval import approve, cancel, deny, pending_approvals
 from .attachments import attachments_of, check_taken, reworded
-from .checks import OF_ONE_TURN, OVERRIDES, as_key, check_keywords, check_overrides, said_text
+from .checks import OF_ONE_TURN, OVERRIDES, as_key, check_keywords, check_overrides, check_request_key, said_text
 from .claim import Said, Start, Unanswered, Unfinished
 from .config import Config, Configurable
 from .errors import AsyncTool, ChatGone, InvalidValue, NoModel
+from .failures import redact
 from .history import add_message, fork
 from .middleware import METHODS, methods_of, stored
 from .options import Candidate, Options, Setting, TurnOptions
 from .play import Outcome, aplay, play
 from .records import LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
+from .retention import Erased, erase_chat
 from .rows import Rows
 from .store import Store
 from .transcript import Transcript
@@ -38,7 +40,7 @@ class Chat(Configurable):
     _middlewares: tuple[Any, ...] = ()
     """What stands between those of the store and its own, and what no option can do away with."""
 
-    _named: tuple[str, ...] = ("files",)
+    _named: tuple[str, ...] = ("files", "key")
     """What `ask` takes besides options."""
 
     _no_model: str | None = None
@@ -91,10 +93,14 @@ class Chat(Configurable):
 
     # Asking
 
-    def ask(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> LlmMessage:
+    def ask(
+        self, text: str, files: Any = None, *, key: str | None = None, **options: Unpack[TurnOptions]
+    ) -> LlmMessage:
         """Say something and get the stored reply.
 
         files      what goes with it: paths, addresses, bytes, (filename, bytes), open files; images, PDF, sound, text
+        key        makes it safe to send again: what was answered in this chat with the same key is returned as it is
+                   stored, without a call; what was not is answered now, and goes on where its process died
         options    any of `Options` but persistence and debug, and model, provider, instructions: for this turn
 
         A failed call raises the provider's own exception (litellm's class); the user's message stays, and by `on_error`
@@ -102,23 +108,29 @@ class Chat(Configurable):
         what cannot work before anything is written, `TurnFailed` where a turn ends for a reason of ours. Where a tool
         waits for a person's approval, the message has status "pending": see `pending_approvals`.
         """
-        return self._play(self._said(text, files, options), options)
+        return self._play(self._said(text, files, key, options), options)
 
-    def ask_stream(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> "Stream":
+    def ask_stream(
+        self, text: str, files: Any = None, *, key: str | None = None, **options: Unpack[TurnOptions]
+    ) -> "Stream":
         """Say something and read the reply as it comes; the stored message is in `.message` afterwards.
 
         Nothing happens before the first chunk is read. A stream that is left early is rolled back or kept (`on_error`),
         and what was received of it is on record as spent.
         """
-        return self._stream(self._said(text, files, options), options)
+        return self._stream(self._said(text, files, key, options), options)
 
-    async def aask(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> LlmMessage:
+    async def aask(
+        self, text: str, files: Any = None, *, key: str | None = None, **options: Unpack[TurnOptions]
+    ) -> LlmMessage:
         """`ask`, from asyncio."""
-        return await self._aplay(self._said(text, files, options), options)
+        return await self._aplay(self._said(text, files, key, options), options)
 
-    def aask_stream(self, text: str, files: Any = None, **options: Unpack[TurnOptions]) -> "AsyncStream":
+    def aask_stream(
+        self, text: str, files: Any = None, *, key: str | None = None, **options: Unpack[TurnOptions]
+    ) -> "AsyncStream":
         """`ask_stream`, from asyncio: `async for chunk in chat.aask_stream(…)`."""
-        return self._astream(self._said(text, files, options), options)
+        return self._astream(self._said(text, files, key, options), options)
 
     def retry(self, **options: Unpack[TurnOptions]) -> LlmMessage:
         """Answer the last user message that was left without a reply, without writing it again.
@@ -227,8 +239,7 @@ class Chat(Configurable):
     def messages(self) -> list[LlmMessage]:
         """Every message of the chat, in order; a reply in the making has status "pending"."""
         message, schema = self.store.records.message, self.options.schema
-        with self.store.connection():
-            rows = list(message.select().where(message.chat == self.chat_id).order_by(message.position))
+        rows = self.store.found(message.select().where(message.chat == self.chat_id).order_by(message.position))
         for row in rows:
             row.reply_schema = schema
         return rows
@@ -240,8 +251,7 @@ class Chat(Configurable):
         rows = record.select().join(messages).where(messages.chat == self.chat_id)
         if message is not None:
             rows = rows.where(record.message == (message.id if isinstance(message, LlmMessage) else as_key(message)))
-        with self.store.connection():
-            return list(rows.order_by(messages.position, record.position))
+        return self.store.found(rows.order_by(messages.position, record.position))
 
     def tool_calls(self) -> list[LlmToolCall]:
         """Every tool call of the chat, those of rolled-back turns too, in the order in which they were asked for."""
@@ -275,6 +285,18 @@ class Chat(Configurable):
         with self.store.connection():
             self.store.records.chat.delete().where(self.store.records.chat.id == self.chat_id).execute()
         self._transcript = Transcript()
+
+    def erase(self, columns: Iterable[str] = ()) -> Erased:
+        """Do away with what was said in the chat, for good; what it cost stays.
+
+        Gone are texts, thinking, files, tools' arguments and results, instructions, metadata, the texts of errors, and
+        the ids by which the provider knows its requests. Roles, tokens, costs, times, and the names of models and tools
+        stay, and so do your own columns, but for those that are named here. A turn that waits for approval, or whose
+        process died, is ended. The chat goes on with an empty history. Raises `ChatBusy` while a turn runs.
+        """
+        erased = erase_chat(self.store, self.chat_id, columns, self.options.stale_after)
+        self.reload()
+        return erased
 
     def reload(self) -> Self:
         """Read the chat's row again, and all of its history on the next turn. For when other code changed them."""
@@ -343,6 +365,10 @@ class Chat(Configurable):
         """`delete`, from asyncio."""
         await self.store.off_the_loop(self.delete)
 
+    async def aerase(self, columns: Iterable[str] = ()) -> Erased:
+        """`erase`, from asyncio."""
+        return await self.store.off_the_loop(self.erase, columns)
+
     async def areload(self) -> Self:
         """`reload`, from asyncio."""
         return await self.store.off_the_loop(self.reload)
@@ -365,11 +391,12 @@ class Chat(Configurable):
         self._changes, self._hooks = other._changes, other._hooks
         return self
 
-    def _said(self, text: str, files: Any, options: Mapping[str, Any]) -> Said:
+    def _said(self, text: str, files: Any, key: str | None, options: Mapping[str, Any]) -> Said:
+        check_request_key(key)
         if files is None:
-            return Said(said_text(text))
+            return Said(said_text(text), key=key)
         attached = attachments_of(files, max_bytes=self._options_for(options).max_file_bytes)
-        return Said(said_text(text, may_be_empty=bool(attached)), attached)
+        return Said(said_text(text, may_be_empty=bool(attached)), attached, key)
 
     def _play(self, start: Start, options: TurnOptions) -> LlmMessage:
         outcome = Outcome()
@@ -449,6 +476,7 @@ class Chat(Configurable):
             estimate=lambda candidate, messages: gateway.estimate(
                 llm, candidate.model, candidate.provider, messages, chosen.toolbox.schemas, chosen.max_tokens
             ),
+            redact=lambda error: redact(error, gateway.secrets_in(llm, chosen.for_completion())),
         )
 
     def _options_for(self, options: Mapping[str, Any]) -> Options:
@@ -459,9 +487,8 @@ class Chat(Configurable):
         """Rows in the order of their turns; time tells apart only the tries of one turn."""
         message: Any = self.store.records.message
         rows = record.select().join(message, pw.JOIN.LEFT_OUTER, on=(message.id == record.turn_id))
-        with self.store.connection():
-            by = (message.position.asc(nulls="first"), record.created_at, *(getattr(record, name) for name in order))
-            return list(rows.where(record.chat == self.chat_id).order_by(*by))
+        by = (message.position.asc(nulls="first"), record.created_at, *(getattr(record, name) for name in order))
+        return self.store.found(rows.where(record.chat == self.chat_id).order_by(*by))
 
 
 def _check_nothing_is_async(setting: Setting) -> None:

@@ -9,13 +9,14 @@ from uuid import UUID
 
 import peewee as pw
 
-from .errors import EmptyMessage, InvalidValue, NoModel, UnknownKeyword, meant
+from .errors import EmptyMessage, InvalidValue, LlmOrmError, NoModel, UnknownKeyword, meant
 from .options import NAMES as OPTIONS
 from .options import Options
 from .store import Store
 
 OVERRIDES = ("model", "provider", "instructions")
 STORED = (*OVERRIDES, "metadata")
+LONGEST_KEY = 255
 OF_ONE_TURN = tuple(name for name in OPTIONS if name not in ("persistence", "debug"))
 
 
@@ -62,6 +63,8 @@ def clear_about(call: str, columns: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (pw.IntegrityError, pw.DataError, OverflowError, TypeError, ValueError) as error:
+        if isinstance(error, LlmOrmError):
+            raise
         given = ", ".join(f"{name}={value!r}" for name, value in columns.items()) or "none"
         problem = str(error).partition("\n")[0]
         raise InvalidValue(f"{call}: {problem}; the columns of the application that were given: {given}") from error
@@ -74,6 +77,14 @@ def said_text(text: Any, *, may_be_empty: bool = False) -> str:
         raise EmptyMessage(f"the message is empty ({text!r}): say something")
     check_storable("the message", text)
     return text if text.strip() else ""
+
+
+def check_request_key(key: Any) -> None:
+    if key is None:
+        return
+    if not isinstance(key, str) or not key.strip() or len(key) > LONGEST_KEY:
+        raise InvalidValue(f"key={key!r}: a key is a string of 1 to {LONGEST_KEY} characters")
+    check_storable("the key", key)
 
 
 def check_overrides(values: Mapping[str, Any]) -> None:

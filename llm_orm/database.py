@@ -21,6 +21,7 @@ SQLITE_PRAGMAS = {
     "journal_mode": "wal",
     "foreign_keys": 1,
     "synchronous": "full",  # a paid reply survives a power cut
+    "secure_delete": 1,  # what is erased is not left in the file, nor are its earlier versions
 }
 
 WAL_TIMEOUT = 5.0
@@ -125,6 +126,13 @@ def described(database: pw.Database) -> str:
         return f"sqlite:///{database.database}"
     name = str(database.database)
     return without_password(name) if "://" in name or "=" in name else f"postgresql database {name!r}"
+
+
+def hide_password(error: BaseException) -> None:
+    """Take it out of the texts of an error, and of what led to it: libpq repeats an address that it cannot read."""
+    for one in (error, error.__cause__, error.__context__):
+        if one is not None:
+            one.args = tuple(without_password(part) if isinstance(part, str) else part for part in one.args)
 
 
 def without_password(text: str) -> str:

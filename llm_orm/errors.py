@@ -15,12 +15,14 @@
     ├── WrongSetup            the installation must be changed
     │   ├── InvalidDatabase       what connect() was given names no database we can use
     │   ├── TablesMissing         a table or column is not there: run "llm-orm migrate"
+    │   ├── WrongKey              stored content is encrypted, and not with a key that connect() was given
     │   └── StoreClosed
     └── TurnFailed            the turn is over, and asking again costs money
         ├── ToolRoundsExceeded
         ├── ToolError             raised by a tool; fatal=True ends the turn
         ├── TurnCancelled         chat.cancel() was called
         ├── InvalidReply          the reply does not match the schema; its text is in .text
+        ├── UnreadableReply       what the model's library gave back cannot be read; what it cost is on record
         ├── CorrectionsExceeded   middlewares kept sending the model back
         ├── StoppedByMiddleware
         ├── CostLimitExceeded     a CostGuard stopped the turn before the call that would exceed its limit
@@ -55,6 +57,9 @@ class DatabaseUnavailable(TryAgain):
 
     nothing_was_sent: bool = False
     """Whether this is certain: no connection could be had."""
+
+    may_pass: bool = False
+    """Whether it is likely to pass: a lost connection, a deadlock, a server that is starting."""
 
 
 class WrongCall(LlmOrmError):
@@ -128,6 +133,20 @@ class TablesMissing(WrongSetup):
     """The database lacks a table or a column of llm_orm: run "llm-orm migrate" (or store.create_tables())"""
 
 
+class WrongKey(WrongSetup):
+    """Stored content cannot be opened with the keys of this store
+
+    table, column    where it is
+    row              the id of its row, where that is known
+    """
+
+    def __init__(self, message: str | None = None, *, table: Any = None, column: Any = None, row: Any = None):
+        super().__init__(message)
+        self.table = table
+        self.column = column
+        self.row = row
+
+
 class StoreClosed(WrongSetup):
     """The store was closed"""
 
@@ -168,6 +187,10 @@ class InvalidReply(TurnFailed, ValueError):
         self.text = text
         self.problem = problem
         self.reply = reply
+
+
+class UnreadableReply(TurnFailed):
+    """What the model's library gave back cannot be read"""
 
 
 class CorrectionsExceeded(TurnFailed):

@@ -3,13 +3,15 @@
 litellm's classes are known by name, so that none of it needs litellm.
 """
 
+import contextlib
 import email.utils
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from .errors import TurnCancelled
+from .errors import TurnCancelled, UnreadableReply
+from .values import text_of
 
 RETRYABLE = frozenset(
     "RateLimitError InternalServerError ServiceUnavailableError BadGatewayError APIConnectionError Timeout "
@@ -29,7 +31,7 @@ FINAL = frozenset(
 
 def is_retryable(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
-    if not isinstance(error, Exception) or "insufficient_quota" in str(error) or was_never_sent(error):
+    if not isinstance(error, Exception) or "insufficient_quota" in text_of(error) or was_never_sent(error):
         return False
     for name in (cls.__name__ for cls in type(error).__mro__):
         if name in RETRYABLE or name in FINAL:
@@ -55,6 +57,8 @@ def status_of(error: BaseException) -> int:
     """The HTTP status: 499 where we hung up, 0 where there was none."""
     if hung_up(error):
         return 499
+    if isinstance(error, UnreadableReply):
+        return 200
     if type(error).__name__ != "Timeout" and (lost_connection(error) or was_never_sent(error)):
         return 0  # litellm says 500 here, which no server did
     status = getattr(error, "status_code", None)
@@ -63,7 +67,7 @@ def status_of(error: BaseException) -> int:
 
 def was_never_sent(error: BaseException) -> bool:
     """Whether there was no key to send the call with; litellm takes that for a server's error, or for a broken line."""
-    return _NO_KEY.search(str(error)) is not None
+    return _NO_KEY.search(text_of(error)) is not None
 
 
 _NO_KEY = re.compile(r"missing (credentials|[\w ]{1,30} api key)|api_key client option must be set", re.IGNORECASE)
@@ -71,7 +75,9 @@ _NO_KEY = re.compile(r"missing (credentials|[\w ]{1,30} api key)|api_key client 
 
 def lost_connection(error: BaseException | None) -> bool:
     """Whether the connection failed, as litellm, httpx or aiohttp say it anywhere in the chain of causes."""
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:  # a chain may be a circle
+        seen.add(id(error))
         names = {cls.__name__ for cls in type(error).__mro__}
         if names & {"APIConnectionError", "TransportError", "ClientConnectionError"}:
             return True
@@ -126,3 +132,27 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "***")
     return _SECRET_TEXT.sub("***", text)
+
+
+def redact(error: BaseException | None, secrets: Iterable[str]) -> None:
+    """Take the secrets out of the texts of an error, and of all that led to it: whoever catches it may print them."""
+    known, seen, waiting = [*secrets], set(), [error]
+    while waiting:
+        one: Any = waiting.pop()
+        if not isinstance(one, BaseException) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.args = tuple(_redacted(part, known) for part in one.args)
+        for name in ("message", "strerror", "__notes__"):
+            text = getattr(one, name, None)
+            if (clean := _redacted(text, known)) != text:
+                with contextlib.suppress(AttributeError, TypeError):
+                    setattr(one, name, clean)
+        waiting += [one.__cause__, one.__context__, getattr(one, "original_exception", None)]
+        waiting += getattr(one, "exceptions", None) or ()
+
+
+def _redacted(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_redacted(item, secrets) for item in value]
+    return redacted(value, secrets) if isinstance(value, str) else value

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -17,10 +17,20 @@ from typing import Any
 
 from .attachments import WITHOUT_SOUND, without_images, without_sound
 from .database import without_password
-from .errors import InvalidValue, UnknownModel, meant
-from .failures import hung_up, is_retryable, redacted, retry_after_of, secrets_of, status_of, unwrapped, was_never_sent
+from .errors import InvalidValue, UnknownModel, UnreadableReply, meant
+from .failures import (
+    hung_up,
+    is_retryable,
+    redact,
+    redacted,
+    retry_after_of,
+    secrets_of,
+    status_of,
+    unwrapped,
+    was_never_sent,
+)
 from .received import Received
-from .values import Answer, Chunk, Message, ModelRequest, Reply, Usage, storable
+from .values import Answer, Chunk, Message, ModelRequest, Reply, Usage, storable, text_of
 
 
 class LLM:
@@ -240,6 +250,8 @@ def count_tokens(
     more = {"tools": list(tools)} if tools else {}
     messages = messages and without_sound(messages)  # which litellm refuses to count
     try:
+        if any(map(_is_unbroken, [text] if messages is None else _texts_in(messages))):
+            raise ValueError("to count it would take minutes")
         if messages is None:
             return counter(model=model, text=text)
         return counter(model=model, messages=messages, **more)
@@ -247,6 +259,21 @@ def count_tokens(
         return (
             len(str((messages, *tools)) if messages is not None else text or "") // 4 + 1
         )  # no row is lost for a figure
+
+
+LONGEST_WORD = 20_000
+"""Characters without a blank: the time that a tokenizer takes for them grows with their square."""
+
+
+def _is_unbroken(text: Any) -> bool:
+    return isinstance(text, str) and len(text) > LONGEST_WORD and max(map(len, text.split())) > LONGEST_WORD
+
+
+def _texts_in(messages: list[Message]) -> Iterator[Any]:
+    for message in messages:
+        content = message.get("content")
+        yield from (part.get("text") for part in content) if isinstance(content, list) else [content]
+        yield from (call["function"]["arguments"] for call in message.get("tool_calls") or ())
 
 
 def estimate(
@@ -264,6 +291,12 @@ def estimate(
     return cost_of(llm, name, found, Usage(counted, max_tokens or 0))
 
 
+def secrets_in(llm: Any, options: Mapping[str, Any]) -> Iterator[str]:
+    """What must not be written down, in everything that a key may be in."""
+    known: dict[str, Any] = {"options": dict(options), "environment": dict(os.environ)}
+    return secrets_of(known | {"llm": getattr(llm, "defaults", None), "router": _of_router(llm, "model_list")})
+
+
 # Calls
 
 
@@ -276,7 +309,7 @@ class Call:
         self.request = request
         self.llm = request.llm if request.llm is not None else litellm()
         self.model, self.provider = resolve(request.llm, request.model, request.provider)
-        self.received = Received(request.taken_call_ids)
+        self.received = self._nothing_yet()
         self.started = self._clock()
         self.stopped: float | None = None
         self.first_token: float | None = None
@@ -291,8 +324,10 @@ class Call:
             if not self.request.stream:
                 self._take(response)
                 return
+            with self._reading():
+                parts = iter(response)
             try:
-                for part in response:
+                for part in parts:
                     yield from self._chunks_of(part)
                     if self._is_over:
                         return  # nobody reads on: the provider is hung up on
@@ -310,8 +345,10 @@ class Call:
             if not self.request.stream:
                 self._take(response)
                 return
+            with self._reading():
+                parts = aiter(response)
             try:
-                async for part in response:
+                async for part in parts:
                     for chunk in self._chunks_of(part):
                         yield chunk
             finally:
@@ -322,12 +359,18 @@ class Call:
                 self.shown = True
                 yield Chunk(tool_call=call)
 
+    def so_far(self) -> tuple[str, str]:
+        """(text, thinking) that have come of a stream."""
+        return self.received.so_far()
+
     def unfinished(self) -> BaseException | None:
         """What ended the call, where it did not come to its end and nothing else says why."""
         return None if self.stopped else GeneratorExit()
 
     def ended(self, error: BaseException | None = None) -> Answer:
         """How the call ended; its usage is counted here where the provider sent none. Never raises."""
+        if isinstance(error, Exception):
+            redact(error, self._secrets())
         error = unwrapped(error) if error is not None else None
         with self._lock:
             self._is_over = True
@@ -336,11 +379,12 @@ class Call:
         except Exception as problem:
             # What came makes no sense; that it came is on record all the same.
             usage = self.received.usage or Usage(estimated=True)
+            error = error or self._unreadable(problem)
             return Answer(
                 reply=Reply(model=self.model, provider=self.provider or "unknown", usage=usage),
-                error=error or problem,
-                error_message=self._printable(error or problem),
-                status_code=status_of(error) if error else 200,
+                error=error,
+                error_message=self._printable(error),
+                status_code=status_of(error),
                 streamed=self.request.stream,
                 shown=self.shown,
             )
@@ -350,7 +394,8 @@ class Call:
     def _ended(self, error: BaseException | None) -> Answer:
         status = 200 if error is None else status_of(error)
         usage = self.received.usage if error is None else None
-        usage = usage or self._estimated(error)
+        if usage is None or (usage.estimated and not (usage.input_tokens and usage.output_tokens)):
+            usage = self._estimated(error)
         model, provider = self._answered_by(error) if not self.provider else (self.model, self.provider)
         model, provider = model or self.model, provider or "unknown"
         return Answer(
@@ -414,12 +459,10 @@ class Call:
         return litellm().get_supported_openai_params(self.model, self.provider) or ()
 
     def _printable(self, error: BaseException) -> str:
-        return storable(redacted(str(error), secrets_of(self._credentials())))
+        return storable(redacted(text_of(error), self._secrets()))
 
-    def _credentials(self) -> dict[str, Any]:
-        """Everything that a key may be in."""
-        known: dict[str, Any] = {"options": dict(self.request.options), "environment": dict(os.environ)}
-        return known | {"llm": getattr(self.llm, "defaults", None), "router": _of_router(self.llm, "model_list")}
+    def _secrets(self) -> Iterator[str]:
+        return secrets_in(self.llm, self.request.options)
 
     @contextmanager
     def _client(self) -> Generator[dict[str, Any]]:
@@ -454,23 +497,44 @@ class Call:
         is_gemini = self.provider in ("gemini", "vertex_ai")
         return is_gemini and self.request.stream and self.request.options.get("timeout") is not None
 
+    def _nothing_yet(self) -> Received:
+        return Received(self.request.taken_call_ids, self.request.options.get("tools") or ())
+
+    @contextmanager
+    def _reading(self) -> Generator[None]:
+        """Raise `UnreadableReply` for what makes no sense to us."""
+        try:
+            yield
+        except Exception as problem:
+            raise self._unreadable(problem) from problem
+
+    def _unreadable(self, problem: Exception) -> UnreadableReply:
+        about = f"{type(problem).__name__}: {text_of(problem)}"
+        told = UnreadableReply(f"the reply of {self.model!r} cannot be read ({about}); what it cost is on record")
+        told.__cause__ = problem
+        return told
+
     def _take(self, response: Any) -> None:
         with self._lock:
             is_late = self._is_over
             if is_late:
-                self.received = Received(self.request.taken_call_ids)
-            self.received.take(response)
+                self.received = self._nothing_yet()
+            with self._reading():
+                self.received.take(response)
         if is_late and self.request.on_late is not None:
             self.request.on_late(self._ended(None))
 
     def _finish(self, response: Any) -> None:
-        with self._lock:
+        with self._lock, self._reading():
             if not self._is_over:
                 self.received.finish(response)
 
     def _chunks_of(self, part: Any) -> list[Chunk]:
         with self._lock:
-            chunks, is_token = ([], False) if self._is_over else self.received.add(part)
+            try:
+                chunks, is_token = ([], False) if self._is_over else self.received.add(part)
+            except Exception as problem:
+                raise self._unreadable(problem) from problem
         if is_token and self.first_token is None:
             self.first_token = self._clock()
         self.shown = self.shown or bool(chunks)

@@ -12,6 +12,7 @@ from .attachments import reference_only
 from .checks import as_key, clear_about, said_text
 from .errors import ChatBusy, ChatGone, InvalidValue
 from .records import LlmAgentSession, LlmChat, LlmMessage, Record, now, uuid7
+from .stopped import pending_message
 from .store import Store
 from .values import Attachment
 
@@ -61,7 +62,7 @@ def _why_not(store: Store, chat_id: UUID) -> Exception | None:
     """What was in the way; None where it was another message, written at the same moment."""
     if not store.read(store.statements.chat_exists(chat_id)):
         return ChatGone(f"there is no chat {chat_id}: it was deleted")
-    if store.read(store.statements.pending_message(chat_id)):
+    if pending_message(store, chat_id) is not None:
         return ChatBusy(
             f"chat {chat_id} is busy with a turn, or has one that waits for approval; its reply comes first: try "
             "again when it has ended; one whose process died is cleared by the next ask()"

@@ -58,8 +58,9 @@ def find_chat(store: Store, call: str, key: UUID | None, columns: dict[str, Any]
         getattr(record, name).is_null() if value is None else getattr(record, name) == value
         for name, value in columns.items()
     ]
-    with store.connection(), clear_about(call, columns):
-        return record.get_or_none(record.id == key, *matches)
+    with clear_about(call, columns):
+        found = store.found(record.select().where(record.id == key, *matches))
+    return found[0] if found else None
 
 
 async def acreate_chat(store: Store | pw.Database | str | None = None, **keywords: Any) -> Chat:

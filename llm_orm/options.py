@@ -46,6 +46,8 @@ class Options:
     persistence       {"tool_calls": False, "requests": False} leaves those tables alone
     on_error          "rollback": a failed turn leaves the user's message only; "keep": also what was received
     wait              seconds to wait while another turn of the chat is running; 0: ChatBusy at once
+    save_every        seconds after which what has come of a stream is written, for others to read, and for a process
+                      that dies; default: it is written when it ends
     stale_after       seconds, 10 or more, without a sign of life after which a running turn counts as dead; 0: at once
     debug             say on stderr what happens
     """
@@ -73,6 +75,7 @@ class Options:
     persistence: Mapping[str, bool] = field(default_factory=dict)
     on_error: Literal["rollback", "keep"] = "rollback"
     wait: float = 0.0
+    save_every: float | None = None
     stale_after: float = 60.0
     debug: bool = False
     toolbox: Toolbox = field(init=False, repr=False)
@@ -96,6 +99,7 @@ class Options:
         _check("tool_concurrency", self.tool_concurrency, "must be 1 or more", lambda v: _is_count(v) and v > 0)
         _check("history", self.history, "must be a number of turns or a plain function", _is_history)
         _check("wait", self.wait, "must be seconds", _is_seconds)
+        _check("save_every", self.save_every, "must be seconds", lambda v: v is None or _is_seconds(v))
         _check("stale_after", self.stale_after, "must be 0, or 10 seconds or more", _is_stale_after)
         _check("params", self.params, f"must be keywords of completion(), less {', '.join(OURS)}", _is_params)
         _check("persistence", self.persistence, 'takes "tool_calls" and "requests", True or False', _is_persistence)
@@ -176,6 +180,11 @@ class Candidate:
     answering_provider: str
     """The provider that will be called: the one named, or the one that the model belongs to."""
 
+    @property
+    def name(self) -> str:
+        """The model's name without its provider's."""
+        return self.model.removeprefix(f"{self.answering_provider}/")
+
 
 Hooks = Mapping[str, tuple[Callable[..., Any], ...]]
 
@@ -195,6 +204,8 @@ class Setting:
     llm: Any
     estimate: Callable[[Candidate, list[Message]], Any] = lambda candidate, messages: None
     """US dollars that a call would cost at the least; None where the model has no known price."""
+    redact: Callable[[BaseException], None] = lambda error: None
+    """Takes the keys of the chat out of the texts of an error."""
 
 
 class TurnOptions(TypedDict, total=False):
@@ -227,6 +238,7 @@ class TurnOptions(TypedDict, total=False):
     history: History
     on_error: Literal["rollback", "keep"]
     wait: float
+    save_every: float | None
     stale_after: float
 
 

@@ -47,10 +47,13 @@ def advance(flow: Flow, value: Any = None, error: BaseException | None = None, c
     try:
         if call is not None:
             value, error = call.ended(error), None
+            call.request.answers.append(value)
         return Step(effect=flow.throw(error) if error is not None else flow.send(value))
     except StopIteration as stop:
         return Step(result=stop.value)
     except BaseException as ending:
+        if call is not None and inspect.getgeneratorstate(flow) == inspect.GEN_SUSPENDED and not call.request.answers:
+            return advance(flow, None, ending, call)  # a signal, which came before the flow could be told
         return Step(error=ending)
 
 
@@ -69,7 +72,10 @@ def play(turn: Turn, outcome: Outcome) -> Generator[Chunk]:
                     try:
                         with Aside(interrupt) as aside:
                             call = Call(request)  # which is on record from here on
-                            yield from aside.items_of(call.chunks())
+                            for chunk in aside.items_of(call.chunks()):
+                                if turn.is_save_due:
+                                    turn.save_partly(*call.so_far())
+                                yield chunk
                     except BaseException as problem:
                         error = problem
                 case Show(chunk):
@@ -213,6 +219,8 @@ async def aplay(turn: Turn, outcome: Outcome) -> AsyncGenerator[Chunk]:
                                     chunk = await interrupt.wait(functools.partial(anext, chunks))
                                 except StopAsyncIteration:
                                     break
+                                if turn.is_save_due:
+                                    await off_the_loop(turn.save_partly, *call.so_far())
                                 yield chunk
                     except BaseException as problem:
                         error = problem

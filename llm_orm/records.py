@@ -5,9 +5,10 @@ names and the application's columns. Times are aware UTC, money is US dollars, J
 """
 
 import copy
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,6 +16,9 @@ from typing import Any, Generic, TypeVar, overload
 from uuid import UUID
 
 import peewee as pw
+
+from .encryption import MARKED, Cipher, is_token
+from .errors import InvalidValue, WrongKey
 
 T = TypeVar("T")
 
@@ -81,6 +85,112 @@ class JSONField(pw.JSONField):
         super().__init__(dumps=None, loads=None, **kwargs)
 
 
+class Content:
+    """A field of what was said: the database holds its values as the store's keys seal them.
+
+    Whoever writes and reads through the field, or through `Statements`, has clear values in hand.
+    """
+
+    cipher = Cipher()
+    model: Any
+    column_name: str
+
+    def sealed(self, value: Any) -> Any:
+        """A value as the database is to hold it."""
+        return self.cipher.seal(value)
+
+    def unsealed(self, stored: Any) -> Any:
+        """The value of what the driver gave, the same object where it is clear; raises `WrongKey`."""
+        return self.opened(self.cipher.open, stored) if stored.startswith(MARKED) else stored
+
+    def opened(self, how: Callable[[Any], Any], stored: Any) -> Any:
+        try:
+            return how(stored)
+        except WrongKey as error:
+            table = self.model._meta.table_name
+            raise WrongKey(f"{table}.{self.column_name} {error}", table=table, column=self.column_name) from None
+
+
+class TextContent(Content, pw.TextField):
+    def db_value(self, value: Any) -> Any:
+        value = super().db_value(value)
+        return None if value is None else self.sealed(value)
+
+    def python_value(self, value: Any) -> Any:
+        value = super().python_value(value)
+        return None if value is None else self.unsealed(value)
+
+
+class JSONContent(Content, JSONField):
+    """JSON, of which a token is a string."""
+
+    def sealed(self, value: Any) -> Any:
+        if self.cipher.is_on:
+            return self.cipher.seal(json.dumps(value))
+        return self.cipher.seal(value) if isinstance(value, str) else value
+
+    def unsealed(self, stored: Any) -> Any:
+        if type(stored) is not str:
+            return stored
+        if stored.startswith(f'"{MARKED}'):  # as SQLite gives a string
+            stored = json.loads(stored)
+        text = self.opened(self.cipher.open, stored)
+        return json.loads(text) if is_token(stored) else text
+
+    def db_value(self, value: Any) -> Any:
+        return super().db_value(value if value is None or isinstance(value, pw.Node) else self.sealed(value))
+
+    def python_value(self, value: Any) -> Any:
+        return self.unsealed(super().python_value(value))
+
+    def case_value(self, value: Any) -> Any:
+        # Of `bulk_update`. peewee has no converter in it on PostgreSQL, and on SQLite the one above.
+        is_value = isinstance(self.model._meta.database, pw.PostgresqlDatabase) and not isinstance(value, pw.Node)
+        return super().case_value(self.sealed(value) if is_value and value is not None else value)
+
+
+class BytesContent(Content, BytesField):
+    def sealed(self, value: Any) -> Any:
+        return self.cipher.seal_bytes(value)
+
+    def unsealed(self, stored: Any) -> Any:
+        return self.opened(self.cipher.open_bytes, bytes(stored))
+
+    def db_value(self, value: Any) -> Any:
+        if value is None or isinstance(value, pw.Node):
+            return value
+        return super().db_value(self.sealed(value.encode() if isinstance(value, str) else bytes(value)))
+
+    def python_value(self, value: Any) -> Any:
+        return None if value is None else self.unsealed(value)
+
+
+def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def search(self: Any, *values: Any) -> Any:
+        if self.cipher.is_on and not all(value is None or isinstance(value, pw.Node) for value in values):
+            raise InvalidValue(
+                f"{self.model.__name__}.{self.name} is encrypted, and no two tokens are alike: the database cannot "
+                "compare it; read the rows, and compare in Python"
+            )
+        return method(self, *values)
+
+    search.__name__ = name
+    return search
+
+
+_SEARCHES = (
+    "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __lshift__ __mod__ __pow__ __getitem__ in_ not_in like ilike regexp "
+    "iregexp contains startswith endswith between path contained_by has_key has_keys has_any_keys append update"
+).split()
+"""What the database would answer wrongly of a token, without a word."""
+
+for _field in (TextContent, JSONContent, BytesContent):
+    for _name in _SEARCHES:
+        if hasattr(_field, _name):
+            setattr(_field, _name, _refusing(_name, getattr(_field, _name)))
+    _field.__hash__ = pw.Field.__hash__  # type: ignore[method-assign]
+
+
 class Column(Generic[T]):
     """What a type checker is told of a field: a field to query with on the class, a `T` on an instance."""
 
@@ -116,7 +226,7 @@ class LlmChat(Record):
     id: Column[UUID] = column(pw.UUIDField(primary_key=True, default=uuid7))
     model: Column[str | None] = column(pw.TextField(null=True))
     provider: Column[str | None] = column(pw.TextField(null=True))
-    instructions: Column[str | None] = column(pw.TextField(null=True))
+    instructions: Column[str | None] = column(TextContent(null=True))
     metadata: Column[Any] = column(JSONField(null=True))
     """Whatever JSON the application gave."""
     created_at: Column[datetime] = column(TimeField(default=now))
@@ -136,15 +246,15 @@ class LlmMessage(Record):
     role: Column[str] = column(pw.TextField())
     status: Column[str] = column(pw.TextField(default="completed"))
     """pending: a turn is running; incomplete: it was stopped; failed: it ended in an error; else completed."""
-    content: Column[str | None] = column(pw.TextField(null=True))
-    content_raw: Column[Any] = column(JSONField(null=True))
+    content: Column[str | None] = column(TextContent(null=True))
+    content_raw: Column[Any] = column(JSONContent(null=True))
     """Of an assistant row that is more than text: {"rounds": [assistant message, …]}, as the model is to see them.
 
     Of a row with files, the user's or those that the model made: {"attachments": n}, how many rows of LlmAttachment it
     has; a round says in the same way how many of them it made.
     """
-    thinking_text: Column[str | None] = column(pw.TextField(null=True))
-    thinking_signature: Column[str | None] = column(pw.TextField(null=True))
+    thinking_text: Column[str | None] = column(TextContent(null=True))
+    thinking_signature: Column[str | None] = column(TextContent(null=True))
     thinking_tokens: Column[int | None] = column(pw.IntegerField(null=True))
     input_tokens: Column[int | None] = column(pw.IntegerField(null=True))
     """Summed over the requests of the turn, as are the other tokens."""
@@ -201,17 +311,17 @@ class LlmToolCall(Record):
     """The order within the round, from 0."""
     tool_call_id: Column[str] = column(pw.TextField())
     name: Column[str] = column(pw.TextField())
-    arguments: Column[str] = column(pw.TextField())
+    arguments: Column[str] = column(TextContent())
     """JSON, to the letter as the model wrote it."""
-    thought: Column[str | None] = column(pw.TextField(null=True))
-    thought_signature: Column[str | None] = column(pw.TextField(null=True))
-    result: Column[str | None] = column(pw.TextField(null=True))
+    thought: Column[str | None] = column(TextContent(null=True))
+    thought_signature: Column[str | None] = column(TextContent(null=True))
+    result: Column[str | None] = column(TextContent(null=True))
     """The text that the model is shown."""
     status: Column[str] = column(pw.TextField(default="pending"))
     """pending: asked for, not started; running: started; completed; failed; rejected: a person said no."""
     approval: Column[str | None] = column(pw.TextField(null=True))
     """required: a person must approve or deny it before it runs; approved; denied; NULL: it needs nobody's approval."""
-    error: Column[str | None] = column(pw.TextField(null=True))
+    error: Column[str | None] = column(TextContent(null=True))
     duration_ms: Column[int | None] = column(pw.IntegerField(null=True))
     metadata: Column[Any] = column(JSONField(null=True))
     created_at: Column[datetime] = column(TimeField(default=now))
@@ -248,7 +358,7 @@ class LlmRequest(Record):
     """HTTP status; 499 where we hung up, 0 where the connection failed before there was one."""
     error: Column[str | None] = column(pw.TextField(null=True))
     """The class of the exception."""
-    error_message: Column[str | None] = column(pw.TextField(null=True))
+    error_message: Column[str | None] = column(TextContent(null=True))
     finish_reason: Column[str | None] = column(pw.TextField(null=True))
     duration_ms: Column[int] = column(pw.IntegerField())
     first_token_ms: Column[int | None] = column(pw.IntegerField(null=True))
@@ -297,13 +407,13 @@ class LlmAttachment(Record):
     message_id: Column[UUID]
     position: Column[int] = column(pw.IntegerField())
     media_type: Column[str] = column(pw.TextField())
-    filename: Column[str | None] = column(pw.TextField(null=True))
+    filename: Column[str | None] = column(TextContent(null=True))
     size: Column[int] = column(pw.BigIntegerField())
     """Bytes."""
-    sha256: Column[str] = column(pw.TextField())
-    content: Column[bytes | None] = column(BytesField(null=True))
+    sha256: Column[str] = column(TextContent())
+    content: Column[bytes | None] = column(BytesContent(null=True))
     """NULL where store_files=False, and where only an address was given."""
-    url: Column[str | None] = column(pw.TextField(null=True))
+    url: Column[str | None] = column(TextContent(null=True))
     """The address that was given in the place of the file."""
 
     unique = (("message", "position"),)
@@ -344,10 +454,12 @@ def records_for(
     table_names: Mapping[str, str],
     chat_fields: Mapping[str, pw.Field] | None = None,
     bases: Mapping[str, type[Record]] | None = None,
+    cipher: Cipher | None = None,
 ) -> Records:
     """Record classes tied to one database and one set of table names.
 
-    bases    the application's subclasses of the records, by name: {"chat": MyChat}; their columns are kept
+    bases     the application's subclasses of the records, by name: {"chat": MyChat}; their columns are kept
+    cipher    what seals their content; without one, nothing is sealed
     """
     made: dict[str, type[Record]] = {}
     by_base: dict[type[pw.Model], type[Record]] = {}
@@ -356,11 +468,25 @@ def records_for(
         # A field belongs to one table: what the application gave may serve another store too.
         columns: dict[str, Any] = copy.deepcopy(dict(chat_fields or {})) if name == "chat" else {}
         for field in own._meta.sorted_fields:  # type: ignore[attr-defined]
-            if isinstance(field, pw.ForeignKeyField) and field.rel_model in by_base:
+            if not isinstance(field, pw.ForeignKeyField):
+                columns.setdefault(field.name, copy.copy(field))  # peewee's own deep copies take half of a connect()
+            elif field.rel_model in by_base:
                 columns[field.name] = _pointing_at(by_base[field.rel_model], field)
         made[name] = _tied(own, database, table_names[name], columns)
+        _seal_with(cipher or Cipher(), made[name], base)
         by_base[base] = by_base[own] = made[name]
     return Records(**made)  # type: ignore[arg-type]
+
+
+def _seal_with(cipher: Cipher, record: Any, base: Any) -> None:
+    for name, field in base._meta.fields.items():
+        own = record._meta.fields.get(name)
+        if isinstance(own, Content):
+            own.cipher = cipher
+        elif own is not None and isinstance(field, Content) and cipher.is_on:
+            raise InvalidValue(
+                f"{record.__name__}.{name} is a field of yours, and would not be encrypted: leave it out"
+            )
 
 
 def _pointing_at(target: type[Record], field: pw.ForeignKeyField) -> pw.ForeignKeyField:

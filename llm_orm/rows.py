@@ -21,9 +21,26 @@ from .records import LlmMessage, now, uuid7
 from .statements import Sql
 from .store import Store
 from .usage import stats_of
-from .values import Answer, Attachment, Message, Reply, Stats, ToolCall, ToolOutcome, Usage, as_uuid
+from .values import (
+    MOST_TOKENS,
+    Answer,
+    Attachment,
+    Message,
+    Reply,
+    Stats,
+    ToolCall,
+    ToolOutcome,
+    Usage,
+    as_uuid,
+    storable,
+    text_of,
+)
 
 log = logging.getLogger("llm_orm")
+
+
+MOST_ROWS = 500
+"""Rows of one statement: SQLite takes 32,766 values in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +67,8 @@ class Rows:
     """The user message."""
     position: int = -1
     opened_at: datetime = field(default_factory=now)
+    taken_at: datetime | None = None
+    """When a turn that had stopped was taken up; None for one that was opened."""
     replaces: tuple[UUID, int] | None = None
     """The failed answer that gives way to this one, once there is one: (id, position)."""
     rounds: list[Message] = field(default_factory=list)
@@ -68,6 +87,8 @@ class Rows:
     """The answer to a call that was given up before it came."""
     unrecorded: Attempt | None = None
     """A call whose request row is not known to be written."""
+    unwritten: list[Sql] = field(default_factory=list)
+    """Rows of tool calls and files of the last reply that are not known to be written."""
     open_calls: dict[str, ToolCall] = field(default_factory=dict)
     """Those that are stored as they are to be run, even where a middleware keeps less of them."""
     attachments: int = 0
@@ -152,9 +173,28 @@ class Rows:
         if calls and self.setting.options.stores_tool_calls:
             rows = [self._tool_call(call, number, place, started) for place, call in enumerate(calls)]
             self.open_calls |= {call.id: call for call in calls}
-            written.append(self.store.statements.insert(self.store.records.tool_call, *rows))
-        written += self._made(reply)
-        self._write(reply, *written, self._update_message(self._columns(reply, "pending")))
+            for first in range(0, len(rows), MOST_ROWS):
+                insert = self.store.statements.insert(self.store.records.tool_call, *rows[first : first + MOST_ROWS])
+                written.append(insert)
+        self.unwritten = [*written, *self._made(reply)]
+        columns = self._columns(reply, "pending")
+        self._write(reply, columns, self._update_message(columns))
+
+    def save_partly(self, text: str, thinking: str) -> None:
+        """Write what has come of a stream so far. Where that fails nothing is lost: all of it is written at the end."""
+        try:
+            columns = {"content": self._stored(text or None), "thinking_text": self._stored(thinking or None)}
+            self._mark("partial", columns)
+        except Exception as problem:
+            log.warning("the part of a reply that has come could not be written: %s", problem)
+
+    def save_sent_back(self) -> None:
+        """Write that the reply that is stored is not the last word: the model is asked for another."""
+        self._mark("sent_back", {})
+
+    def _mark(self, name: str, columns: dict[str, Any]) -> None:
+        raw = {**(self._content_raw() or {}), name: True}
+        self.store.transact(self._update_message({**columns, "content_raw": raw, "updated_at": now()}))
 
     def spent(self) -> Stats:
         return stats_of(self.store, chat_id=self.setting.chat_id, tool_calls=False)
@@ -233,12 +273,11 @@ class Rows:
 
     def finish(self, reply: Reply) -> LlmMessage:
         """Write the reply for good, together with what of its call is not written yet; one transaction."""
-        made: list[Sql] = []
         if self.unrecorded is not None:
             if self.rounds or not reply.is_plain:
                 self.rounds.append(reply.message)
-            made = self._made(reply)
-        return self._settle_as(reply, "completed", *made, *self._closed([*self.open_calls.values()]))
+            self.unwritten = self._made(reply)
+        return self._settle_as(reply, "completed", *self._closed([*self.open_calls.values()]))
 
     def end_with(self, reply: Reply) -> LlmMessage:
         """Write a reply for good that is not what the model said last; where it names no model, none said it."""
@@ -256,7 +295,8 @@ class Rows:
         if self.open_calls and self.setting.options.stores_tool_calls:
             calls = [*self.open_calls.values()]
             unfinished = [self.store.statements.interrupt_tool_calls(id=self.message_id), *self._closed(calls)]
-        return self._settle_as(reply, "completed", *self._made(reply), *unfinished)
+        self.unwritten = self._made(reply)
+        return self._settle_as(reply, "completed", *unfinished)
 
     def take_back(self) -> None:
         """Forget what the model said last; something else takes its place."""
@@ -264,7 +304,9 @@ class Rows:
             files = self.rounds.pop().get("attachments") or 0
             if files:
                 self.attachments -= files
-                self.store.transact(self.store.statements.delete_files(self.message_id, self.attachments))
+                gone = self.store.statements.delete_files(self.message_id, self.attachments)
+                columns = {"content": None, "content_raw": self._content_raw(), "updated_at": now()}
+                self.store.transact(gone, self._update_message(columns))
 
     def give_up(self, error: BaseException) -> None:
         """Leave the chat as `on_error` says, with every call on record."""
@@ -274,12 +316,14 @@ class Rows:
                 self.unrecorded = replace(attempt, answer=_ended_by(attempt.answer, error))
             self.record()
         sql = self.store.statements
-        gone = sql.delete(self.store.records.message, id=self.message_id, status="pending")
+        gone = sql.delete(self.store.records.message, returning="id", id=self.message_id, status="pending")
         statements: list[Sql] = []
         try:
             if self.rounds and self.setting.options.stores_tool_calls:
-                statements += [sql.interrupt_tool_calls(id=self.message_id), *self._closed([*self.open_calls.values()])]
-            statements += self._kept(error) or [gone]
+                statements.append(sql.interrupt_tool_calls(id=self.message_id))
+                statements += self._closed([*self.open_calls.values()])
+            kept = self._kept(error)
+            statements = [*self.unwritten, *statements, *kept] if kept else [*statements, gone]
         except Exception:  # what a middleware does not let be stored is not kept
             statements.append(gone)
         self.clear_placeholder(error, *self.owed, *statements)
@@ -287,7 +331,10 @@ class Rows:
     def clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
         """Clear it; where that fails, it does not hide why it was to be done."""
         try:
-            self.store.transact(*statements)
+            if not self.store.transact(*statements) and self.setting.options.stores_requests:
+                # Who took this turn for dead has put a call on record that it knew nothing of; we do.
+                since = self.taken_at or self.opened_at
+                self.store.transact(self.store.statements.forget_deaths(self.setting.chat_id, self.turn_id, since))
         except Exception as problem:
             error.add_note(f"llm_orm: the turn's placeholder could not be cleared: {problem}")
 
@@ -354,7 +401,7 @@ class Rows:
     def _request(self, attempt: Attempt) -> Sql:
         sql, answer = self.store.statements, attempt.answer
         reply, error = answer.reply, answer.error
-        return sql.insert_once(
+        return sql.insert(
             self.store.records.request,
             {
                 "id": self.request_id,
@@ -368,7 +415,7 @@ class Rows:
                 "model": reply.model,
                 "status_code": answer.status_code,
                 "error": type(error).__name__ if error else None,
-                "error_message": answer.error_message,
+                "error_message": self._stored_or_nothing(answer.error_message),
                 "finish_reason": reply.finish_reason,
                 "duration_ms": answer.duration_ms,
                 "first_token_ms": answer.first_token_ms,
@@ -440,6 +487,14 @@ class Rows:
                 reply=self.received,
             ) from problem
 
+    def _stored_or_nothing(self, text: str | None) -> str | None:
+        """The same, of a row that must be written; what a middleware fails at is not kept."""
+        try:
+            return stored(self._masks, text)
+        except Exception as problem:
+            log.warning("a middleware's stored_text failed, and the text of an error is not kept: %s", problem)
+            return None
+
     def _stored_round(self, message: Message) -> Message:
         stored = {**message, "content": self._stored(message.get("content"))}
         if stored.get("reasoning_content"):
@@ -459,31 +514,37 @@ class Rows:
 
     # How
 
-    def _settle_as(self, reply: Reply, status: str, *made: Sql) -> LlmMessage:
+    def _settle_as(self, reply: Reply, status: str, *statements: Sql) -> LlmMessage:
         columns = self._columns(reply, status)
         time = {"updated_at": columns["updated_at"]}
         touched = self.store.statements.update(self.store.records.chat, time, id=self.setting.chat_id)
-        self._write(reply, *made, touched, *self._settle(columns))
+        self._write(reply, columns, *statements, touched, *self._settle(columns))
         self.is_settled = True
         return self._stored_message(columns)
 
-    def _write(self, reply: Reply, *statements: Sql) -> None:
-        """Write what a paid call gave, the last statement updating its message; lost is nothing of it."""
+    def _write(self, reply: Reply, columns: dict[str, Any], *statements: Sql) -> None:
+        """Write what a paid call gave, the last statement updating its message to the columns; nothing is lost."""
         try:
             recorded = self.unrecorded if self.setting.options.stores_requests else None
             request = [self._request(recorded)] if recorded else []
-            rows = self.store.transact(*self.owed, *request, *statements)
-            self.unrecorded, self.owed = None, []
+            rows = self.store.transact(*self.owed, *request, *self.unwritten, *statements)
+            self.unrecorded, self.owed, self.unwritten = None, [], []
         except Exception as problem:
             raise ReplyNotSaved(
                 f"the model's reply could not be written: {problem}; it is in .reply, whole", reply=reply
             ) from problem
-        if not rows:
+        if not rows and not self._is_written(columns):
             raise ReplyNotSaved(
                 f"chat {self.setting.chat_id} was deleted, or this turn was cleared as dead by another process; "
                 "its reply is in .reply, whole",
                 reply=reply,
             )
+
+    def _is_written(self, columns: dict[str, Any]) -> bool:
+        """Whether it was written before the connection was lost that would have said so."""
+        record: Any = self.store.records.message
+        ours = (record.id == self.message_id, record.updated_at == columns["updated_at"])
+        return bool(self.store.found(record.select(record.id).where(*ours)))
 
     def _update_message(self, columns: dict[str, Any]) -> Sql:
         """Update the assistant message, as long as it is still ours."""
@@ -499,15 +560,18 @@ class Rows:
         if self.replaces is None:
             return [self._update_message(columns)]
         replaced, self.position = self.replaces
-        ours = self.store.statements.chat_of_pending(self.message_id)  # where it was cleared as dead, the other stays
+        # Where this one was cleared as dead, the other stays.
+        ours = self.store.statements.chat_of(id=self.message_id, status="pending")
         gone = self.store.statements.delete(self.store.records.message, id=replaced, chat_id=ours)
-        return [gone, self._update_message({**columns, "position": self.position})]
+        place = self.store.statements.place_if_free(self.setting.chat_id, self.position)
+        return [gone, self._update_message({**columns, "position": place})]
 
     def _message_as_stored(self) -> LlmMessage:
-        with self.store.connection():
-            message = self.store.records.message.get_or_none(self.store.records.message.id == self.message_id)
-        if message is None:
+        record: Any = self.store.records.message
+        found = self.store.found(record.select().where(record.id == self.message_id))
+        if not found:
             raise ChatGone(f"chat {self.setting.chat_id} was deleted, or its turn was ended, at this moment")
+        message = found[0]
         message.reply_schema = self.setting.options.schema
         return message
 
@@ -527,27 +591,17 @@ class Rows:
         return message
 
 
-def kept_arguments(store: Store, message_id: UUID, kept: Callable[[str], str]) -> list[Sql]:
-    """Let go of the arguments of a message's calls, of which less is to be kept now that they will not run."""
-    sql, record = store.statements, store.records.tool_call
-    return [
-        sql.update(record, {"arguments": text}, message_id=message_id, tool_call_id=call_id)
-        for call_id, _, arguments, *_ in store.read(sql.tool_calls_of(message_id))
-        if (text := kept(arguments)) != arguments
-    ]
-
-
 def _sum(one: Usage, other: Usage) -> Usage:
     return Usage(
-        one.input_tokens + other.input_tokens,
-        one.output_tokens + other.output_tokens,
-        one.cached_tokens + other.cached_tokens,
-        one.cache_write_tokens + other.cache_write_tokens,
-        one.thinking_tokens + other.thinking_tokens,
+        min(one.input_tokens + other.input_tokens, MOST_TOKENS),
+        min(one.output_tokens + other.output_tokens, MOST_TOKENS),
+        min(one.cached_tokens + other.cached_tokens, MOST_TOKENS),
+        min(one.cache_write_tokens + other.cache_write_tokens, MOST_TOKENS),
+        min(one.thinking_tokens + other.thinking_tokens, MOST_TOKENS),
         one.estimated or other.estimated,
     )
 
 
 def _ended_by(answer: Answer, error: BaseException) -> Answer:
     """The same paid call, as its request row is written once its reply could not be."""
-    return replace(answer, error=error, error_message=str(error))
+    return replace(answer, error=error, error_message=storable(text_of(error)))

@@ -22,7 +22,17 @@ from .records import LlmAgentSession, LlmChat, LlmMessage, now, uuid7
 from .store import Store, as_store
 from .values import Stats
 
-OF_THE_PROCESS = ("llm", "history", "persistence", "on_error", "wait", "stale_after", "store_files", "debug")
+OF_THE_PROCESS = (
+    "llm",
+    "history",
+    "persistence",
+    "on_error",
+    "wait",
+    "save_every",
+    "stale_after",
+    "store_files",
+    "debug",
+)
 """Options that say how this process works, not what the agent is: taken where a session is made or loaded."""
 
 
@@ -32,7 +42,7 @@ class AgentSession(Chat):
     id, chat_id, metadata, agent_class, agent, model_id, history, total_usage, and all of `Chat`
     """
 
-    _named = ("files", "inputs")
+    _named = ("files", "key", "inputs")
     _no_model = 'The agent names no model: set model = "gpt-4o" on its class, or give ask(…, model=…)'
 
     def __init__(self, store: Store, record: LlmChat, session: LlmAgentSession, behaviour: Behaviour):

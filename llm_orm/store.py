@@ -7,9 +7,12 @@ become ours here.
 import asyncio
 import contextvars
 import functools
+import logging
+import math
 import os
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +26,13 @@ from .database import (
     application_database,
     default_url,
     described,
+    hide_password,
     is_lost_when_closed,
     open_connection,
     open_url,
     without_password,
 )
+from .encryption import Cipher, Keys
 from .errors import (
     DatabaseUnavailable,
     InsideTransaction,
@@ -37,14 +42,18 @@ from .errors import (
     StoreClosed,
     TablesMissing,
     UnknownKeyword,
+    WrongSetup,
 )
 from .heart import Heart
 from .middleware import check_middleware
 from .records import BASES, Record, Records, default_table_names, records_for
+from .rotation import Rotated, rotate
 from .statements import Sql, Statements
 from .values import as_uuid
 
 T = TypeVar("T")
+
+log = logging.getLogger("llm_orm")
 
 
 class Store:
@@ -75,6 +84,8 @@ class Store:
         self.is_sqlite = isinstance(database, pw.SqliteDatabase)
         self._is_closed = False
         self._is_ours = is_ours
+        self._was_reached = False
+        self._waited_until = -math.inf
         self._threads = threads
         self._executor: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -105,6 +116,26 @@ class Store:
         """The names of the application's own columns of the chat."""
         return [name for name in self.records.chat._meta.fields if name not in BASES["chat"]._meta.fields]  # type: ignore[attr-defined]
 
+    # Content at rest
+
+    def rotate_keys(self, *, check: bool = False, decrypt: bool = False) -> list[Rotated]:
+        """Encrypt all content anew with the first key of `connect(…, encrypt=[KEY, OLDER])`: what an older one
+        encrypted, and what is clear. What was found, by table.
+
+        check      change nothing; what would be changed, and what cannot be read
+        decrypt    make all content clear in its place
+
+        Turns may run meanwhile, and a rotation that was broken off is begun again. Raises `WrongSetup` without keys.
+        """
+        if not (check or self.is_encrypted):
+            raise WrongSetup("rotate_keys() needs the keys of the content: connect(…, encrypt=[KEY, OLDER])")
+        return rotate(self, check=check, decrypt=decrypt)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the content that it writes is."""
+        return self.records.message.content.cipher.is_on
+
     # Connections and transactions
 
     @contextmanager
@@ -131,7 +162,12 @@ class Store:
                     if opened:
                         open_connection(database)
                         is_open = True
+                    self._was_reached = self._was_reached or is_open
                     yield
+                except BaseException as error:
+                    if opened and not isinstance(error, Exception):
+                        self._close_for_good()
+                    raise
                 finally:
                     if opened:
                         database.close()
@@ -141,28 +177,40 @@ class Store:
                 raise
             if isinstance(ours, DatabaseUnavailable):
                 ours.nothing_was_sent = not is_open
+                # Where it was never reached, it is more likely that its name is wrong.
+                ours.may_pass = _may_pass(error) and (is_open or self._was_reached)
             raise ours from error
+
+    def _close_for_good(self) -> None:
+        # A signal may have left a cursor open, and as long as its traceback lives no COMMIT of SQLite's succeeds there.
+        database: Any = self.database
+        if hasattr(database, "manual_close") and database.database != ":memory:":
+            database.manual_close()
 
     def transact(self, *statements: Sql) -> list[tuple]:
         """Run the statements as one transaction and return the rows of the last.
 
-        On PostgreSQL they travel together, in one round trip, which the server runs as one transaction.
+        On PostgreSQL they travel together, in one round trip, which the server runs as one transaction. Where the
+        server takes them back for another's sake, or the connection is lost, they are run once more: they must allow
+        for having been run already, as an insert of a row whose id is there does by changing nothing.
         """
+        return self.patiently(lambda: self._transact(statements))
+
+    def _transact(self, statements: tuple[Sql, ...]) -> list[tuple]:
         with self.connection():
             if not self.is_sqlite:
                 text = ";\n".join(statement.text for statement in statements)
-                return self._execute(text, [p for statement in statements for p in statement.params])
+                return self._clear(statements, self._execute(text, [p for each in statements for p in each.params]))
             if self.database.in_transaction():
-                return self._execute_each(statements)
-            # SQLite refuses to upgrade a read into a write, so a transaction takes the lock when it begins.
-            self._execute("BEGIN IMMEDIATE", ())
+                return self._clear(statements, self._execute_each(statements))
             try:
+                self._begin_sqlite()
                 rows = self._execute_each(statements)
                 self._execute("COMMIT", ())
             except BaseException:
                 self._rollback_sqlite()
                 raise
-            return rows
+            return self._clear(statements, rows)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -172,9 +220,48 @@ class Store:
             yield
 
     def read(self, statement: Sql) -> list[tuple]:
-        """Run one query, in no transaction of its own."""
+        """Run one query, in no transaction of its own; once more where the connection is lost."""
+        return self.patiently(lambda: self._read(statement))
+
+    def _read(self, statement: Sql) -> list[tuple]:
         with self.connection():
-            return self._execute(statement.text, statement.params)
+            return self._clear((statement,), self._execute(statement.text, statement.params))
+
+    def found(self, query: Any) -> list[Any]:
+        """What a query of peewee's finds; asked once more where the connection is lost."""
+
+        def find() -> list[Any]:
+            with self.connection():
+                return list(query.clone())
+
+        return self.patiently(find)
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Do a piece of work with the database that may be done twice; again, for a second or two, where what keeps it
+        from being done is likely to pass."""
+        is_fresh = time.monotonic() > self._waited_until + REST_S
+        for pause in PAUSES_S if is_fresh else PAUSES_S[:1]:
+            try:
+                return work()
+            except DatabaseUnavailable as error:
+                # On a connection of the caller's own, it is for the caller to connect or to begin again.
+                if not error.may_pass or not self.database.is_closed():
+                    raise
+                log.warning("%s; trying again in %g s", error, pause)
+            self._drop_idle_connections()
+            time.sleep(pause)
+            self._waited_until = time.monotonic() if pause == PAUSES_S[-1] else self._waited_until
+        return work()
+
+    def _drop_idle_connections(self) -> None:
+        """What is in the pool was most likely lost together with the one that was."""
+        if self._is_ours:
+            self.database.close_idle()  # type: ignore[attr-defined]
+
+    def _clear(self, statements: tuple[Sql, ...], rows: list[tuple]) -> list[tuple]:
+        """The rows of the last statement, with their content as it was said."""
+        opened = statements[-1].opened
+        return rows if opened is None else opened(rows)
 
     def _execute(self, text: str, params: Any) -> list[tuple]:
         cursor = self.database.execute_sql(text, params)
@@ -188,6 +275,25 @@ class Store:
         for statement in statements:
             rows = self._execute(statement.text, statement.params)
         return rows
+
+    def _begin_sqlite(self) -> None:
+        # SQLite refuses to upgrade a read into a write, so a transaction takes the lock when it begins. Who has waited
+        # for it a while looks only ten times a second, and is overtaken for ever by those who have just come: so it is
+        # told to wait for a moment, time and again.
+        connection = self.database.connection()
+        patience_ms = connection.execute("PRAGMA busy_timeout").fetchone()[0]
+        deadline = time.monotonic() + patience_ms / 1000
+        connection.execute(f"PRAGMA busy_timeout = {min(patience_ms, LOCK_LOOK_MS)}")
+        try:
+            while True:
+                try:
+                    self._execute("BEGIN IMMEDIATE", ())
+                    return
+                except pw.OperationalError as error:
+                    if "database is locked" not in str(error) or time.monotonic() >= deadline:
+                        raise
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
 
     def _rollback_sqlite(self) -> None:
         # SQLite has rolled back by itself after some errors, and then knows of no transaction.
@@ -253,6 +359,9 @@ class Store:
         database: Any = self.database
         if self._is_ours and database.database != ":memory:":
             _connections_of_parents.append((database._connections, database._in_use))
+            # The old ones may be held for ever, by a thread of the parent's that was connecting at that moment.
+            database._lock, database._pool_lock = threading.Lock(), threading.RLock()
+            database._pool_available = threading.Condition(database._pool_lock)
             database.dispose()
 
     def _beat(self, message_ids: list[Any]) -> None:
@@ -272,12 +381,23 @@ class Store:
             return TablesMissing(f'{described(self.database)}: {text}; run "llm-orm migrate" or store.create_tables()')
         if _UNSTORABLE.search(text):
             return InvalidValue(f"a value cannot be stored in {described(self.database)}: {text}")
-        if isinstance(error, (pw.OperationalError, pw.InterfaceError)):
+        of_databases = (pw.OperationalError, pw.InterfaceError, pw.InternalError)  # the last: it is read-only
+        if isinstance(error, of_databases) or _is_lost(error):
             return DatabaseUnavailable(f"{described(self.database)} did not answer: {text}")
         if _NO_DATABASE.search(text):
+            hide_password(error)
             return InvalidDatabase(f"{described(self.database)} cannot be opened: {text}")
         return None
 
+
+PAUSES_S = (0.0, 0.1, 0.4, 1.0)
+"""How long is waited for a database that is not there before it is tried again, one time after the other."""
+
+REST_S = 10.0
+"""For how long after that it is not waited for again."""
+
+LOCK_LOOK_MS = 20
+"""For how long SQLite waits for its lock by itself, looking less and less often."""
 
 LONGEST_USE_S = 30.0
 """How long a store that is being closed waits for a statement of another thread."""
@@ -321,6 +441,29 @@ _UNSTORABLE = re.compile(r"can't adapt type|[Ee]rror binding parameter")
 _NO_DATABASE = re.compile(r"file is not a database|^invalid dsn")
 
 
+_PASSING_CODES = ("40001", "40P01", "57P01", "57P02", "57P03")
+"""PostgreSQL's for a serialization failure, a deadlock, and a server that shuts down, has crashed or is starting."""
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether what went wrong is likely to pass: the server took the transaction back, or the connection was lost."""
+    if _is_lost(error):
+        return True
+    original = _original(error)
+    if not isinstance(error, (pw.OperationalError, pw.InterfaceError)) or not hasattr(original, "pgcode"):
+        return False  # SQLite has waited for others already
+    return original.pgcode is None or original.pgcode in _PASSING_CODES
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether psycopg2 says of a connection that it broke by nothing but a plain DatabaseError, as it does at times."""
+    return type(error) is pw.DatabaseError and getattr(_original(error), "pgcode", "") is None
+
+
+def _original(error: Exception) -> Any:
+    return getattr(error, "orig", None) or error.__cause__ or error.__context__
+
+
 def _is_missing(error: pw.PeeweeException, text: str) -> bool:
     code = getattr(getattr(error, "orig", None), "pgcode", None)
     return code in _MISSING_CODES or bool(_MISSING.search(text))
@@ -338,6 +481,7 @@ def connect(
     pool_size: int = 10,
     pool_timeout: float = 30.0,
     pragmas: Mapping[str, Any] | None = None,
+    encrypt: Keys | None = None,
 ) -> Store:
     """A store in the database that is named.
 
@@ -354,6 +498,7 @@ def connect(
     pool_size      connections at the most
     pool_timeout   seconds to wait for one of them; 0: not at all
     pragmas        of SQLite, over ours: {"synchronous": "normal"}
+    encrypt        a key of Fernet, which encrypts all content, or a list of keys: the first encrypts, and each decrypts
 
     Nothing is opened yet: a database that cannot be reached is reported by the first call that needs it, as
     `DatabaseUnavailable`. Raises `InvalidDatabase` for what is not a database, `InvalidValue` for a bad table name.
@@ -364,6 +509,7 @@ def connect(
         raise InvalidValue(f"pool_size={pool_size!r}: pool_size must be 1 or more connections")
     if not isinstance(pool_timeout, int | float) or pool_timeout < 0:
         raise InvalidValue(f"pool_timeout={pool_timeout!r}: pool_timeout must be seconds")
+    cipher = Cipher(encrypt)
     if llm is not None and not callable(getattr(llm, "completion", None)):
         raise InvalidValue(f"llm={llm!r}: llm must have completion() and acompletion(), as LLM(…) and litellm do")
     _check_chat_fields(chat_fields)
@@ -376,7 +522,7 @@ def connect(
         opened = open_url(database, pool_size=pool_size, pool_timeout=pool_timeout, pragmas=pragmas)
     else:
         opened = application_database(database)
-    records = records_for(opened, names, chat_fields, bases)
+    records = records_for(opened, names, chat_fields, bases, cipher)
     return Store(opened, records, llm=llm, middlewares=middlewares, threads=pool_size, is_ours=is_ours)
 
 

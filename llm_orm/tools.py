@@ -11,7 +11,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_type_hints, overload
 from uuid import UUID
 
@@ -19,7 +19,7 @@ import pydantic
 import pydantic_core
 
 from .errors import InvalidValue, ToolError, check_spelling
-from .values import Halt, ToolCall, ToolOutcome, storable
+from .values import Halt, ToolCall, ToolOutcome, storable, text_of
 
 log = logging.getLogger("llm_orm")
 
@@ -32,6 +32,8 @@ class ToolContext:
     tool_call_id: str
     metadata: Any
     """The chat's."""
+    redact: Callable[[BaseException], None] = field(default=lambda error: None, repr=False, compare=False)
+    """Takes the keys that the chat calls its model with out of the texts of an error."""
 
 
 def _snake_case(name: str) -> str:
@@ -213,7 +215,7 @@ class Toolbox:
             result = made.execute(**keywords)
             return _outcome(call, result, started)
         except Exception as error:
-            return self._failed(call, error, started)
+            return self._failed(call, error, started, context)
 
     async def arun(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
         """Run a call of an async tool."""
@@ -223,13 +225,13 @@ class Toolbox:
             result = await made.execute(**keywords)
             return _outcome(call, result, started)
         except Exception as error:
-            return self._failed(call, error, started)
+            return self._failed(call, error, started, context)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # Something that the tool waited for was cancelled, not the turn.
-            return self._failed(call, RuntimeError(f"cancelled: {error}"), started)
+            return self._failed(call, RuntimeError(f"cancelled: {error}"), started, context)
 
     def _prepare(self, call: ToolCall, context: ToolContext) -> tuple[Tool, dict[str, Any]]:
         made, keywords = self._checked(call)
@@ -244,24 +246,25 @@ class Toolbox:
                 f"Model tried to call unavailable tool {call.name!r}. Available tools: [{', '.join(self.by_name)}]."
             )
         try:
-            checked = made._parameters.model_validate_json(call.arguments or "{}")
+            checked = made._parameters.model_validate_json(call.arguments.strip() or "{}")
         except pydantic.ValidationError as error:
             raise _InvalidArguments(_complaint(error)) from error
         keywords = {name: getattr(checked, name) for name in type(checked).model_fields}
         keywords |= checked.model_extra or {}
         return made, keywords
 
-    def _failed(self, call: ToolCall, error: Exception, started: float) -> ToolOutcome:
-        known = isinstance(error, (_Unavailable, _InvalidArguments, _NoResult))
+    def _failed(self, call: ToolCall, error: Exception, started: float, context: ToolContext) -> ToolOutcome:
+        context.redact(error)
+        known, said = isinstance(error, (_Unavailable, _InvalidArguments, _NoResult)), text_of(error)
         fatal = _is_fatal(error)
         if not known and not isinstance(error, ToolError):
             told = "the turn ends with it" if fatal else "the model was told"
-            log.warning("the tool %r failed, and %s: %r", call.name, told, error, exc_info=error)
+            log.warning("the tool %r failed, and %s: %s", call.name, told, said, exc_info=error)
         return ToolOutcome(
             call,
-            result=storable(str(error) if known else f"Error executing tool {call.name!r}: {error}"),
+            result=storable(said if known else f"Error executing tool {call.name!r}: {said}"),
             status="failed",
-            error=storable(str(error) if known else f"{type(error).__name__}: {error}"),
+            error=storable(said if known else f"{type(error).__name__}: {said}"),
             duration_ms=_milliseconds_since(started),
             fatal=error if fatal else None,
             exception=error,
@@ -309,7 +312,8 @@ def _as_text(call: ToolCall, result: Any) -> str:
             return json.dumps(pydantic_core.to_jsonable_python(result, fallback=str, bytes_mode="base64"))
     except Exception as error:
         # It did its work all the same: the model should not call it again for that.
-        raise _NoResult(f"The tool {call.name!r} ran, but its result cannot be written as JSON: {error}") from error
+        problem = f"its result cannot be written as JSON: {text_of(error)}"
+        raise _NoResult(f"The tool {call.name!r} ran, but {problem}") from error
 
 
 def _milliseconds_since(started: float) -> int:

@@ -7,6 +7,7 @@ transaction is open across a yield, and the rows alone say what is to be done ne
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,7 @@ MOST_CORRECTIONS = 20
 
 @dataclass(frozen=True, slots=True)
 class CallModel:
-    """Sends back an `Answer`, also where the call failed or was given up."""
+    """The answer is in `request.answers` then, also where the call failed or was given up."""
 
     request: ModelRequest
 
@@ -111,6 +112,7 @@ class Turn:
     messages: list[Message] = field(default_factory=list)
     """What the model is shown: the history, the question, and what came after it."""
     call_ids: set[str] = field(default_factory=set)
+    _saved_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.rows = Rows(self.store, self.setting)
@@ -129,6 +131,8 @@ class Turn:
     def run(self) -> Flow:
         claim = Claim(self.rows, self.start, self.transcript.position)
         unread = yield from claim.take()
+        if claim.before.answer is not None:
+            return (yield from self._answered(claim.before.answer))
         try:
             self._read(unread)
             with self.store.heart.beating(self.rows.message_id, self.stop):
@@ -138,6 +142,15 @@ class Turn:
                 self.rows.give_up(error)
                 self._log("gave up: %s", type(error).__name__)
             raise
+
+    def _answered(self, message: LlmMessage) -> Flow:
+        """What was answered before: nothing is asked, and nothing written."""
+        message.reply_schema = self.setting.options.schema
+        self.rows.is_settled = True
+        self._log("was answered before: %s", message.id)
+        if message.content:
+            yield Show(Chunk(content=message.content))
+        return message
 
     def _read(self, rows: list[tuple]) -> None:
         turn = self.rows
@@ -151,6 +164,16 @@ class Turn:
         self.transcript.add(rows, turn.tool_results, turn.files)
         self._compose()
         self._log("opened at position %d, %d messages", turn.position, len(self.messages))
+
+    def save_partly(self, text: str, thinking: str) -> None:
+        """Write what has come of a stream so far, where it is time to; a driver says so of each chunk."""
+        self._saved_at = time.monotonic()
+        self.rows.save_partly(text, thinking)
+
+    @property
+    def is_save_due(self) -> bool:
+        every = self.setting.options.save_every
+        return every is not None and self.stream and time.monotonic() >= self._saved_at + every
 
     def _compose(self) -> None:
         """Put together what the model that is called next is shown."""
@@ -210,6 +233,7 @@ class Turn:
                 self.rows.finish(reply)  # a reply that was complete stays
                 raise
             if isinstance(directive, RETRY):
+                self.rows.save_sent_back()
                 yield from self._send_back(directive.message, reply)
                 return None
             self._check_not_stopped(directive)
@@ -349,21 +373,25 @@ class Turn:
             messages = changed if isinstance(changed, list) else messages
         if self._hooks("on_new_message"):
             yield from self._call_hooks("on_new_message", self.rows.stored_placeholder())
-        answer: Answer = yield CallModel(
-            ModelRequest(
-                llm=self.setting.llm,
-                model=self.candidate.model,
-                provider=self.candidate.provider,
-                messages=messages,
-                options=self.setting.options.for_completion(after_tools=self.tool_rounds > 0),
-                stream=self.stream,
-                taken_call_ids=frozenset(self.call_ids),
-                on_late=self.rows.expect_late(),
-            )
-        )
-        self._log("round %d, attempt %d: %s", self.number, number, answer.status_code)
+        self._saved_at = time.monotonic()
         corrections = self.context.correction_rounds or None
-        self.rows.ended(Attempt(answer, self.number, number, corrections))
+        request = ModelRequest(
+            llm=self.setting.llm,
+            model=self.candidate.model,
+            provider=self.candidate.provider,
+            messages=messages,
+            options=self.setting.options.for_completion(after_tools=self.tool_rounds > 0),
+            stream=self.stream,
+            taken_call_ids=frozenset(self.call_ids),
+            on_late=self.rows.expect_late(),
+        )
+        try:
+            yield CallModel(request)
+        finally:  # also where a signal comes as the turn is about to be told
+            for answer in request.answers[-1:]:
+                self.rows.ended(Attempt(answer, self.number, number, corrections))
+        answer = request.answers[-1]
+        self._log("round %d, attempt %d: %s", self.number, number, answer.status_code)
         self.context.duration_ms = answer.duration_ms
         self.context.spent_in_turn += answer.reply.cost or 0
         return answer
@@ -485,6 +513,8 @@ class Turn:
 
     def _end_with(self, reply: Reply, *, taking_back: bool = False) -> Generator[Effect, Any, LlmMessage]:
         """End the turn with what the model did not say: a tool's text, or what a middleware or a hook put there."""
+        if not isinstance(reply.content, str | None):
+            raise InvalidValue(f"a reply that is put in the place of another must be text, not {reply.content!r}")
         if taking_back:
             self.rows.take_back()
         message = self.rows.end_with(reply)
@@ -591,7 +621,7 @@ class Turn:
         return self.setting.options.toolbox.asks_for_approval
 
     def _context(self, call: ToolCall) -> ToolContext:
-        return ToolContext(self.setting.chat_id, call.id, self.setting.metadata)
+        return ToolContext(self.setting.chat_id, call.id, self.setting.metadata, self.setting.redact)
 
     # Hooks
 

@@ -25,7 +25,7 @@ def stats_of(
     query = request.select(
         total(request.input_tokens),
         total(request.output_tokens),
-        total(request.input_tokens + request.output_tokens),
+        total(request.input_tokens) + total(request.output_tokens),  # one row's may be more than an INTEGER holds
         total(request.cached_tokens),
         total(request.cache_write_tokens),
         total(request.thinking_tokens),

@@ -32,6 +32,18 @@ def storable(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if "\x00" in text else text
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says; of one that cannot say it, what it is."""
+    try:
+        return str(error)
+    except Exception:
+        return f"a {type(error).__name__} that cannot be printed"
+
+
+MOST_TOKENS = 2**31 - 1
+"""What a column of tokens can hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one call. `input_tokens` includes cached and cache-write tokens, `output_tokens` includes thinking."""
@@ -42,7 +54,7 @@ class Usage:
     cache_write_tokens: int = 0
     thinking_tokens: int = 0
     estimated: bool = False
-    """True where the provider sent no figures and the tokens were counted on this machine."""
+    """True where the provider sent no figures, or not all, and the tokens were counted on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,3 +327,5 @@ class ModelRequest:
     """Ids of earlier tool calls of the turn; a provider that uses one again gets another for it."""
     on_late: Callable[[Answer], None] | None = None
     """Called from another thread with the answer to a call that was given up before it came."""
+    answers: list[Answer] = field(default_factory=list, repr=False)
+    """How the call ended, once it has; the last counts."""

@@ -22,6 +22,7 @@ from provider import Provider
 
 import llm_orm
 from llm_orm import Chat, Store, connect
+from llm_orm.records import Records, records_for
 
 OURS = ("LLM_ORM_", "DATABASE_URL", "OPENAI_", "ANTHROPIC_", "GEMINI_", "GOOGLE_", "LITELLM_")
 
@@ -42,22 +43,39 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if few else None
 
 
-IN_EVERY_WAY = ("test_turn", "test_failure", "test_streams", "test_tools", "test_gateway", "test_concurrency")
+ALL_WAYS = ("ask", "ask_stream", "aask", "aask_stream", "resume", "resume_stream", "aresume", "aresume_stream")
+TWO_WAYS = ("ask", "aask_stream", "resume", "aresume_stream")
+
+IN_EVERY_WAY = ("test_turn", "test_failure", "test_streams", "test_tools", "test_concurrency")
 """Where the four ways of asking are compared; elsewhere two of them are enough to try on the second database."""
+
+IN_TWO_WAYS = (
+    "test_agents test_attachments test_bad_input test_fluent test_history_edits test_persistence test_stats "
+    "test_structured_replies test_testing"
+).split()
+"""Where what is tested is settled before the model is asked, or after: two ways, and one on the second database."""
+
+
+NEED_LITELLM = {"provider", "real_litellm"}
+"""Fixtures of tests that run first, so that one process of two has no need to import it."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_one_too_many(item: pytest.Item) -> bool:
         if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
             return False
-        chosen = item.callspec.params
-        elsewhere = item.path.stem not in IN_EVERY_WAY and chosen.get("database_url") == "postgresql"
-        return elsewhere and chosen.get("ask") in ("ask_stream", "aask")
+        file, chosen = item.path.stem, item.callspec.params
+        way = next((chosen[name] for name in ("ask", "way", "resume") if chosen.get(name) in ALL_WAYS), None)
+        in_two, on_second = file in IN_TWO_WAYS, chosen.get("database_url") == "postgresql"
+        if way is None or file in IN_EVERY_WAY or not (in_two or on_second):
+            return False
+        return way not in TWO_WAYS or (in_two and on_second and "ask" in chosen and way == "ask")
 
     left_out = [item for item in items if is_one_too_many(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not is_one_too_many(item)]
+    items.sort(key=lambda item: NEED_LITELLM.isdisjoint(getattr(item, "fixturenames", ())))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,7 +111,8 @@ def environment() -> Iterator[None]:
     os.environ.update(kept)
     if "aiohttp" in sys.modules:
         # litellm leaves its sessions open, which would complain of it when Python ends.
-        sessions = [each for each in gc.get_objects() if issubclass(type(each), sys.modules["aiohttp"].ClientSession)]
+        ours = sys.modules["aiohttp"].ClientSession
+        sessions = [each for each in gc.get_objects() if type(each) is ours]
         for session in sessions:
             session.detach()
 
@@ -139,6 +158,7 @@ class Schema:
         self.admin.autocommit = True
         self.name = ""
         self.shape: Any = None
+        self.connections: list[Any] = []
 
     def empty(self) -> str:
         """The URL of a new schema, with nothing in it."""
@@ -153,11 +173,15 @@ class Schema:
     def ready(self) -> str:
         """The URL of a schema with empty tables: the one of the test before, where that left it as it was."""
         if not self.name or not self._emptied():
+            self._close_connections()
             self.url = self.empty()
             self.name = self.url.rpartition("%3D")[2]
             with connect(self.url, chat_fields=CHAT_FIELDS) as store:
                 store.create_tables()
                 self.tables = [f"{self.name}.{record._meta.table_name}" for record in store.records]
+            ours = f"relkind = 'r' AND relnamespace = '{self.name}'::regnamespace"
+            oids = self._run(f"SELECT oid FROM pg_class WHERE {ours}")
+            self.oids = ", ".join(str(oid) for (oid,) in oids)
             self.shape = self._look()
         return self.url
 
@@ -171,13 +195,37 @@ class Schema:
         return True
 
     def _look(self) -> Any:
-        return self._run(
-            "SELECT c.relname, c.relkind, c.relchecks, a.attname, a.atttypid, a.atttypmod, a.attnotnull, "
-            "(SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = c.oid), "
-            f"(SELECT count(*) FROM pg_proc WHERE pronamespace = '{self.name}'::regnamespace) "
-            "FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped AND a.attnum > 0 "
-            f"WHERE c.relnamespace = '{self.name}'::regnamespace ORDER BY c.relname, a.attnum"
-        )
+        """How many things the schema has, and who wrote the catalog's rows of its tables: all by an index."""
+        written = [
+            f"(SELECT count(*) + sum(xmin::text::bigint) FROM {catalog} WHERE {key} IN ({self.oids}))"
+            for catalog, key in {
+                "pg_class": "oid",
+                "pg_attribute": "attrelid",
+                "pg_index": "indrelid",
+                "pg_trigger": "tgrelid",
+            }.items()
+        ]
+        things = f"refclassid = 'pg_namespace'::regclass AND refobjid = '{self.name}'::regnamespace"
+        return self._run(f"SELECT (SELECT count(*) FROM pg_depend WHERE {things}), {', '.join(written)}")
+
+    def lend(self, database: Any) -> None:
+        """Put the connections of the tests before into a pool: to open one takes longer than a test."""
+        database._connections, self.connections = self.connections, []
+
+    def take_back(self, database: Any) -> None:
+        """Take them out of it again, as good as new."""
+        with database._pool_lock:
+            self.connections, database._connections = database._connections, []
+        self.connections = [each for each in self.connections if _is_as_good_as_new(each[-1])]
+
+    def close(self) -> None:
+        self._close_connections()
+        self.admin.close()
+
+    def _close_connections(self) -> None:
+        for *_, connection in self.connections:
+            connection.close()
+        self.connections = []
 
     def _run(self, sql: str) -> Any:
         with self.admin.cursor() as cursor:
@@ -185,14 +233,35 @@ class Schema:
             return cursor.fetchall() if cursor.description else None
 
 
+def _is_as_good_as_new(connection: Any) -> bool:
+    try:
+        connection.cursor().execute("DISCARD ALL")
+    except psycopg2.Error:
+        connection.close()
+        return False
+    return True
+
+
 CHAT_FIELDS = {"user_id": pw.TextField(null=True, index=True)}
+
+_records: dict[Any, Records] = {}
+
+
+def kept_records(database: pw.Database, *names_and_fields: Any) -> Records:
+    """Record classes that one test's store leaves to the next one's: to make them takes longer than many a test."""
+    kind = type(database)
+    if kind not in _records:
+        _records[kind] = records_for(database, *names_and_fields)
+    for record in _records[kind]:
+        record.bind(database, bind_refs=False, bind_backrefs=False)
+    return _records[kind]
 
 
 @pytest.fixture(scope="session")
 def postgres_schema(postgres_server: str) -> Iterator[Schema]:
     schema = Schema(postgres_server)
     yield schema
-    schema.admin.close()
+    schema.close()
 
 
 @pytest.fixture
@@ -227,16 +296,33 @@ def sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(database_url: str, sqlite_file: Path, tmp_path: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, database_url: str, sqlite_file: Path, tmp_path: Path) -> Iterator[Store]:
     """A store with its tables and one column of the application, `user_id`."""
-    if database_url.startswith("sqlite"):
-        shutil.copy(sqlite_file, tmp_path / "chats.db")
-    with connect(database_url, chat_fields=CHAT_FIELDS) as store:
-        yield store
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_orm.store.records_for", kept_records)
+        store = connect(database_url, chat_fields=CHAT_FIELDS)
+    with store:
+        if store.is_sqlite:
+            shutil.copy(sqlite_file, tmp_path / "chats.db")
+            yield store
+        else:
+            schema = request.getfixturevalue("postgres_schema")
+            schema.lend(store.database)
+            yield store
+            schema.take_back(store.database)
+
+
+@pytest.fixture(scope="session")
+def real_litellm(environment: None) -> None:
+    """litellm is there: to import it takes longer than a hundred tests."""
+    import litellm  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
-def provider() -> Iterator[Provider]:
+def provider(real_litellm: None) -> Iterator[Provider]:
     with Provider() as provider:
         yield provider
 

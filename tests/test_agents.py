@@ -302,6 +302,8 @@ EVERYTHING: dict[str, tuple[Does, Any]] = {
     "stats": (lambda s: talked(s).stats().requests, 2),
     "astats": (lambda s: asyncio.run(talked(s).astats()).requests, 2),
     "ahistory": (lambda s: asyncio.run(talked(s).ahistory())[-1]["content"], "Rain."),
+    "erase": (lambda s: talked(s).erase().messages, 2),
+    "aerase": (lambda s: asyncio.run(talked(s).aerase()).messages, 2),
     "delete": (lambda s: (s.delete(), rows(s.store, "agent_session", "id"))[1], []),
     "adelete": (lambda s: (asyncio.run(s.adelete()), rows(s.store, "chat", "id"))[1], []),
     "reload": (lambda s: s.reload() is s, True),
@@ -830,8 +832,7 @@ def test_a_model_that_is_given_is_not_called_at_the_provider_of_the_class(store)
             "model",
             "provider",
             "instructions",
-            *"""
-    llm history persistence on_error wait stale_after store_files debug""".split(),
+            *"llm history persistence on_error wait save_every stale_after store_files debug".split(),
         )
     ],
 )

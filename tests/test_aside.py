@@ -72,22 +72,22 @@ class Stuttering(ScriptedLLM):
             self.hung_up.set()
 
 
-def test_a_thousand_asks_take_a_handful_of_threads(sqlite_store):
+def test_hundreds_of_asks_take_a_handful_of_threads(sqlite_store):
     before, used = threading.active_count(), set()
 
     def model(keywords: dict[str, Any]) -> str:
         used.add(threading.get_ident())
         return "Hello."
 
-    chat = create_chat(sqlite_store, model="test", llm=ScriptedLLM(*[model] * 1000), history=0)
-    for number in range(1000):
+    chat = create_chat(sqlite_store, model="test", llm=ScriptedLLM(*[model] * 300), history=0)
+    for number in range(300):
         if number % 2:
             chat.ask("Hi")
         else:
             list(chat.ask_stream("Hi"))
     assert len(used) <= 8
     assert threading.active_count() <= before + 8
-    assert len(rows(sqlite_store, "request", "id")) == 1000
+    assert len(rows(sqlite_store, "request", "id")) == 300
 
 
 def test_turns_that_are_stopped_before_they_call_a_model_take_none(sqlite_store):

@@ -312,7 +312,7 @@ def test_an_unknown_keyword_of_ask_is_refused_with_the_known_ones(memory: Store,
     chat = a_chat(memory)
     message = refused(memory, UnknownKeyword, lambda: ask(chat, "Hi", temprature=0.5))
     assert message.startswith("ask() does not know 'temprature'; it takes llm, tools, temperature, ")
-    assert message.endswith("model, provider, instructions, files; did you mean 'temperature'?")
+    assert message.endswith("model, provider, instructions, files, key; did you mean 'temperature'?")
     for name in ("persistence", "debug", "metadata", "user_id"):
         refused(memory, UnknownKeyword, lambda name=name: ask(chat, "Hi", **{name: {}}))
 
@@ -404,6 +404,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("wait", None, "wait=None: wait must be seconds"),
     ("wait", float("nan"), "wait=nan: wait must be seconds"),
     ("wait", True, "wait=True: wait must be seconds"),
+    ("save_every", -1, "save_every=-1: save_every must be seconds"),
     ("stale_after", "1m", "stale_after='1m': stale_after must be 0, or 10 seconds or more"),
     ("stale_after", 2, "stale_after=2: stale_after must be 0, or 10 seconds or more"),
 ]

@@ -1,8 +1,6 @@
 """chat.cancel(): a running turn is stopped from anywhere, whatever it waits for, and its chat is free at once."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import WAYS, rows
 from freezegun import freeze_time
+from processes import Process
 from provider import Answer, Provider
 
 from llm_orm import (
@@ -549,16 +548,11 @@ except TurnCancelled:
 
 
 @contextmanager
-def child(url: str, chat: Chat) -> Iterator[Any]:
+def child(url: str, chat: Chat) -> Iterator[Process]:
     """A process that asks the chat a question which its model does not answer."""
-    process = subprocess.Popen([sys.executable, "-c", CHILD, url, str(chat.id)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
+    with Process(CHILD, url, str(chat.id)) as process:
         assert process.stdout.readline() == "asked\n"
         yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_the_turn_of_another_process_is_stopped(store, database_url):
@@ -578,7 +572,6 @@ def test_a_turn_that_is_to_be_stopped_and_whose_process_has_died_is_cleared_like
     chat = chat_with(store)
     with child(database_url, chat) as process:
         process.kill()
-        process.wait()
     assert chat.cancel() is True  # nobody knows yet
     with pytest.raises(ChatBusy):
         chat.ask("Now?")
@@ -591,7 +584,6 @@ def test_a_turn_that_is_known_to_be_dead_ends_at_once(store, database_url, on_er
     chat = chat_with(store, on_error=on_error)
     with child(database_url, chat) as process:
         process.kill()
-        process.wait()
     with freeze_time(datetime.now(UTC) + timedelta(seconds=61)):
         assert chat.cancel() is True
         assert chat.cancel() is False
@@ -615,7 +607,6 @@ def test_a_turn_that_was_to_be_stopped_can_be_resumed_once_its_process_has_died(
     chat = chat_with(store, "Here.")
     with child(database_url, chat) as process:
         process.kill()
-        process.wait()
     chat.cancel()
     assert chat.resume(stale_after=0).content == "Here."
     assert rows(store, "message", "status", "cancelled_at")[1] == ("completed", None)

@@ -1,8 +1,6 @@
 """One turn at a time in a chat, across threads, tasks and processes; many chats at once; turns whose process died."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import after_read, rows
 from freezegun import freeze_time
+from processes import Process
 
 from llm_orm import Chat, ChatBusy, ReplyNotSaved, Store, connect, create_chat, load_chat, tool
 from llm_orm.heart import Heart
@@ -177,20 +176,9 @@ except ChatBusy:
 """
 
 
-@contextmanager
-def child(url: str, chat: Chat, hangs_at: str = "model") -> Iterator[Any]:
+def child(url: str, chat: Chat, hangs_at: str = "model") -> Process:
     """A process that asks the chat when told to, and says where it hangs; `tell` and `hear` a line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, url, str(chat.id), hangs_at],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return Process(CHILD, url, str(chat.id), hangs_at)
 
 
 def hear(process: Any) -> str:
@@ -227,7 +215,6 @@ def killed(url: str, chat: Chat, hangs_at: str) -> Iterator[None]:
         tell(process)
         assert hear(process) == hangs_at
         process.kill()
-        process.wait()
     yield
 
 
@@ -250,7 +237,9 @@ def test_a_turn_whose_process_was_killed_is_cleared_by_the_next(store, database_
         "second round": [("completed", None, "rain in London"), ("completed", None, "rain in Paris")],
     }
     assert rows(store, "tool_call", "status", "error", "result") == calls[hangs_at]
-    assert rows(store, "request", "round") == ([(0,)] if hangs_at == "model" else [(0,), (0,)])
+    under_way = {"model": [(0, "ProcessDied")], "tool": [], "second round": [(1, "ProcessDied")]}[hangs_at]
+    of_the_dead = [] if hangs_at == "model" else [(0, None)]
+    assert rows(store, "request", "round", "error") == [*of_the_dead, *under_way, (0, None)]
     shown = [message["role"] for message in chat.options.llm.requests[0]["messages"]]
     is_replayed = (on_error, hangs_at) == ("keep", "second round")
     assert shown == ["user", *(["assistant", "tool", "tool"] if is_replayed else []), "user"]

@@ -1,12 +1,12 @@
 """A deploy, end to end: a process makes a session with one version of an agent, and another goes on with the next."""
 
 import json
-import subprocess
-import sys
 from decimal import Decimal
 from typing import Any
 
+import processes
 from conftest import rows
+from processes import Process
 
 from llm_orm import Store, create_agent_session, define_agent
 
@@ -104,18 +104,14 @@ done(
 
 def run(program: str, *arguments: str) -> Any:
     """What a process with the program says in the end."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *arguments], timeout=60, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return json.loads(processes.run(program, *arguments))
 
 
 def costs_by_model(store: Store) -> dict[str, Decimal]:
-    """What each model has cost, summed from the rows of its requests."""
+    """What each model has cost, summed from the rows of its requests; nobody knows it of one that died."""
     costs: dict[str, Decimal] = {}
     for model, cost in rows(store, "request", "model", "cost"):
-        costs[model] = costs.get(model, Decimal(0)) + cost
+        costs[model] = costs.get(model, Decimal(0)) + (cost or 0)
     return costs
 
 
@@ -241,19 +237,13 @@ for number in range(20):
 
 def test_what_two_processes_merge_into_the_metadata_is_all_there(store, database_url):
     session = create_agent_session(store, define_agent("SupportAgent", model="test"), metadata={"name": "Ada"})
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    arguments = [sys.executable, "-c", V1 + MERGE, database_url, str(session.id)]
-    processes = [subprocess.Popen([*arguments, who], **pipes) for who in "ab"]
-    try:
-        assert [process.stdout.readline().strip() for process in processes] == ["ready", "ready"]  # type: ignore[union-attr]
-        for process in processes:
-            process.stdin.write("\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-        assert [process.wait(60) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    given = V1 + MERGE, database_url, str(session.id)
+    with Process(*given, "a") as a, Process(*given, "b") as b:
+        assert [process.stdout.readline().strip() for process in (a, b)] == ["ready", "ready"]
+        for process in (a, b):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert [process.wait() for process in (a, b)] == [0, 0]
     expected = {f"{who}{number}": number for who in "ab" for number in range(20)}
     assert session.reload().metadata == {"name": "Ada", **expected}
 

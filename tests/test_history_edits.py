@@ -739,7 +739,7 @@ def test_tokens_are_counted_from_asyncio(store: Store):
     assert asyncio.run(chat.acount_tokens(files=("a.txt", b"one"))) == 4
 
 
-def test_litellm_counts_by_the_models_tokenizer(sqlite_store: Store):
+def test_litellm_counts_by_the_models_tokenizer(sqlite_store: Store, real_litellm: None):
     chat = create_chat(sqlite_store, model="openai/gpt-4o", instructions="Be brief.")
     few = chat.count_tokens("Hello world")
     assert few < chat.count_tokens("Hello world", tools=[look]) < few + 100

@@ -2,18 +2,12 @@
 
 import asyncio
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 from provider import Answer, Call, Provider
-
-os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-
-import litellm
-from litellm.exceptions import MidStreamFallbackError
 
 FORMATS = ("openai", "anthropic", "gemini")
 QUESTION = [{"role": "user", "content": "What is the weather in London?"}]
@@ -57,10 +51,12 @@ def ask_stream_async(**kwargs: Any) -> Any:
 WAYS: tuple[Ask, ...] = (ask_plain, ask_plain_async, ask_stream, ask_stream_async)
 
 
-@pytest.fixture
-def provider():
-    with Provider() as provider:
-        yield provider
+@pytest.fixture(scope="module", autouse=True)
+def names_of_litellms(real_litellm) -> None:
+    """Imported by who runs these tests, and not by all who collect them."""
+    global litellm, MidStreamFallbackError
+    import litellm
+    from litellm.exceptions import MidStreamFallbackError
 
 
 @pytest.fixture(params=FORMATS)

@@ -446,6 +446,8 @@ def at_statement(store: Store, number: int, act: Callable[[], None], *, behind: 
     execute, said = database.execute_sql, []
 
     def execute_sql(sql: str, *arguments: Any, **keywords: Any) -> Any:
+        if threading.current_thread().name == "llm_orm heart":
+            return execute(sql, *arguments, **keywords)  # which looks in where a turn takes long
         said.append(sql)
         if len(said) != number + 1:
             return execute(sql, *arguments, **keywords)

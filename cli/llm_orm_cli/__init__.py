@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("demo", "init", "migrate", "stats", "sync")
+COMMANDS = ("check", "demo", "erase", "init", "migrate", "prune", "recover", "rotate", "stats", "sync")
 
 
 class Commands(click.Group):

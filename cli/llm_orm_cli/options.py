@@ -1,5 +1,7 @@
 """The options that several commands share, and the store that they name."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -7,11 +9,36 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from llm_orm import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TABLES = ("chat", "message", "tool_call", "request", "agent_session", "attachment")
+
+SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LONGEST_S = 36500 * SECONDS["d"]
+
+
+class Duration(click.ParamType):
+    """A span of time, in seconds: "90", "90s", "15m", "2h" or "30d"."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)", value.strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is no duration: write 90, 90s, 15m, 2h or 30d", param, ctx)
+        seconds = float(found[1]) * SECONDS[found[2]]
+        if seconds > LONGEST_S:
+            self.fail(f"{value!r} is longer than a hundred years", param, ctx)
+        return seconds
+
+
+DURATION = Duration()
 
 
 def database_options(command: Command) -> Command:
@@ -55,10 +82,25 @@ def open_store(
     """
     from llm_orm import connect
 
-    store = connect(database_url, table_prefix=table_prefix, table_names=table_names)
+    store = connect(database_url, table_prefix=table_prefix, table_names=table_names, encrypt=environment_keys())
     if not create:
         _check_file_exists(store)
     return store
+
+
+def environment_keys() -> list[str] | None:
+    """The keys of content in $LLM_ORM_ENCRYPTION_KEYS: on a command line everybody could read them."""
+    return os.environ.get("LLM_ORM_ENCRYPTION_KEYS", "").replace(",", " ").split() or None
+
+
+def chat_in(store: "Store", chat_id: str | None) -> "UUID | None":
+    """The id that --chat gives, of a chat that is there; None without one. Its content need not be readable."""
+    from llm_orm.checks import as_key
+
+    key = None if chat_id is None else as_key(chat_id)
+    if chat_id is not None and (key is None or not store.read(store.statements.chat_exists(key))):
+        raise click.ClickException(f"there is no chat {chat_id!r} in {store!r}")
+    return key
 
 
 def _table_names(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from llm_orm.testing import ScriptedLLM
 from llm_orm_cli import main
 from llm_orm_cli.options import TABLES
 
-COMMANDS = ["demo", "init", "migrate", "stats", "sync"]
+COMMANDS = ["check", "demo", "erase", "init", "migrate", "prune", "recover", "rotate", "stats", "sync"]
 LLM_ORM = [sys.executable, "-c", "from llm_orm_cli import main; main()"]
 
 

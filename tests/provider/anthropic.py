@@ -95,7 +95,8 @@ def _streamed_block(block: dict[str, Any], answer: Answer) -> tuple[dict[str, An
                 {"type": "text_delta", "text": piece} for piece in answer.split(block["text"])
             ]
         case "tool_use":
-            arguments = json.dumps(block["input"], ensure_ascii=False) if block["input"] else ""
+            raws = {call.id: call.raw for call in answer.tool_calls}
+            arguments = json.dumps(block["input"], ensure_ascii=False) if block["input"] else raws[block["id"]] or ""
             pieces = ["", *answer.split(arguments)]
             return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
         case _:

@@ -10,16 +10,20 @@ Finish = Literal["stop", "length", "content_filter"]
 
 @dataclass(frozen=True)
 class Call:
-    """A tool the model asks for. `signature` is sent by Gemini only, on the call itself."""
+    """A tool the model asks for. `signature` is sent by Gemini only, on the call itself.
+
+    `raw` are arguments that are no JSON: OpenAI's format has them as text, Anthropic's in a stream, Gemini's never.
+    """
 
     name: str
     arguments: dict[str, Any]
     id: str = "call_1"
     signature: str | None = None
+    raw: str | None = None
 
     @property
     def arguments_json(self) -> str:
-        return json.dumps(self.arguments, ensure_ascii=False)
+        return self.raw if self.raw is not None else json.dumps(self.arguments, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

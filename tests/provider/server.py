@@ -113,6 +113,7 @@ class Step:
     chunk: int | None = None
     byte: int | None = None
     gate: Gate | None = None
+    change: Callable[[dict[str, Any]], None] | None = None
 
     @property
     def before_headers(self) -> bool:
@@ -123,6 +124,8 @@ class Step:
         pieces = wire.render_events(self.answer, wanted)
         if not wanted.stream:
             pieces = [_json(wire.render_body(self.answer, wanted))]
+        if self.change is not None:
+            pieces = [_changed(piece, self.change) for piece in pieces]
         if self.trouble is None or self.before_headers:
             return pieces, None
         before, after = self._divide(pieces, wanted.stream)
@@ -195,6 +198,10 @@ class Provider:
         """Answers well, once for each."""
         for answer in answers:
             self._queue(Step(_answer(answer)))
+
+    def reply_oddly(self, answer: Answer | str, change: Callable[[dict[str, Any]], None]) -> None:
+        """Answers with what is no good answer: the body, or each event of the stream, as `change` leaves it."""
+        self._queue(Step(_answer(answer), change=change))
 
     def fail(
         self,
@@ -285,6 +292,16 @@ class Provider:
 
 def _answer(answer: Answer | str) -> Answer:
     return Answer(text=answer) if isinstance(answer, str) else answer
+
+
+def _changed(piece: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The body, or the event, with its JSON changed."""
+    head, mark, text = piece.rpartition(b"data: ")
+    if text.startswith(b"[DONE]"):
+        return piece
+    data = json.loads(text)
+    change(data)
+    return head + mark + json.dumps(data).encode() + (b"\n\n" if mark else b"")
 
 
 class _Server(ThreadingHTTPServer):

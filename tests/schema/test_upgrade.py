@@ -180,20 +180,13 @@ def current(request: pytest.FixtureRequest, database_url: str) -> Iterator[Store
         yield store
 
 
-@pytest.mark.parametrize("approval", [None, "required", "approved", "denied"])
-def test_an_approval_is_one_of_four(current: Store, approval: str | None):
+def test_an_approval_is_one_of_four_and_no_other(current: Store):
     call = current.records.tool_call
     with current.connection():
-        call.update(approval=approval).execute()
-
-        assert [row.approval for row in call.select()] == [approval]
-
-
-@pytest.mark.parametrize("approval", ["", "pending", "APPROVED"])
-def test_no_other_approval_is_stored(current: Store, approval: str):
-    call = current.records.tool_call
-    with current.connection():
-        with pytest.raises(pw.IntegrityError, match="llm_tool_call_approval_check"):
+        for approval in ("required", "approved", "denied", None):
             call.update(approval=approval).execute()
-
-        assert [row.approval for row in call.select()] == [None]
+            assert [row.approval for row in call.select()] == [approval]
+        for approval in ("", "pending", "APPROVED"):
+            with pytest.raises(pw.IntegrityError, match="llm_tool_call_approval_check"):
+                call.update(approval=approval).execute()
+            assert [row.approval for row in call.select()] == [None]
