@@ -9,7 +9,7 @@ from .errors import InvalidValue
 from .heart import BEAT_EVERY_S
 from .options import Options
 from .records import LlmToolCall, now
-from .stopped import age_of, end, pending_message
+from .stopped import age_of, end, mark_of, pending_message
 from .store import Store
 from .values import storable
 
@@ -101,4 +101,7 @@ def cancel(
         stores_tool_calls=options.stores_tool_calls,
         stores_requests=options.stores_requests,
     )
-    return outcome is not None
+    if outcome is not None:
+        return True
+    found = pending_message(store, chat_id)  # the turn that was seen was taken up, or has ended, at this moment
+    return found is not None and mark_of(found) != mark_of(message) and cancel(store, chat_id, options, kept)

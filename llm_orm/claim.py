@@ -148,6 +148,8 @@ class Claim:
             except NothingToResume:
                 if self.before.dead is None:
                     raise
+                self.before = Before()  # another was faster, and has ended it
+                continue
             self.before = Before() if self.before.dead is not None else self.before
             if waited >= self.setting.options.wait:
                 raise self._busy() from error
@@ -198,8 +200,7 @@ class Claim:
             raise
 
     def _question(self, said: Said, place: Sql) -> list[Sql]:
-        keeps = self.setting.options.store_files
-        kept = [self.rows.as_kept(file if keeps else reference_only(file)) for file in said.files]
+        kept = self._kept_files(said)
         user = {"id": self.rows.turn_id, "role": "user", "status": "completed", "content": said.text or None}
         if kept:
             user["content_raw"] = {"attachments": len(kept)}
@@ -210,6 +211,10 @@ class Claim:
                 old = {"id": self.before.left, "request_key": said.key}
                 free.append(self.sql.update(self.store.records.message, {"request_key": None}, **old))
         return [*free, self.rows.message(user, place), *self.sql.insert_files(self.rows.turn_id, kept)]
+
+    def _kept_files(self, said: Said) -> list[Attachment]:
+        keeps = self.setting.options.store_files
+        return [self.rows.as_kept(file if keeps else reference_only(file)) for file in said.files]
 
     def _look_before(self) -> None:
         """Find out whether what is said was said before, by its key, and what has become of it."""
@@ -240,11 +245,19 @@ class Claim:
 
     def _check_same(self, said: Said, question: LlmMessage) -> None:
         kept = stored(methods_of(self.setting.middlewares, "stored_text"), said.text or None)
-        if question.content is not None and question.content != kept:
+        if question.content != kept or self._sums_of(question) != [file.sha256 for file in self._kept_files(said)]:
             raise InvalidValue(
                 f"key={said.key!r} of chat {self.chat_id} was given with another message before: a key stands for one "
                 "message, so that it is answered once; give this one a key of its own"
             )
+
+    def _sums_of(self, question: LlmMessage) -> list[str]:
+        """What tells the files of a question apart; of addresses nothing does: a signed one is another each time."""
+        if question.content_raw is None:
+            return []
+        record: Any = self.store.records.attachment
+        files = record.select(record.sha256).where(record.message == question.id).order_by(record.position)
+        return [file.sha256 for file in self.store.found(files)]
 
     def _find_unanswered(self) -> int:
         """Where the answer to the last user message goes; behind an answer that failed, until it takes its place.

@@ -61,15 +61,19 @@ def recover(
         if key is None:
             raise InvalidValue(f"{chat_id!r} is not the id of a chat")
         query = query.where(record.chat == key)
-    messages = store.found(query.order_by(record.created_at, record.id))
+    # Sorted here: SQLite goes through all messages for an order, and else only through the few that are pending.
+    messages = sorted(store.found(query), key=lambda message: (message.created_at, message.id))
     masks = methods_of(store.middlewares, "stored_text")
+    tables = {
+        "stores_tool_calls": store.has_table(store.records.tool_call),
+        "stores_requests": store.has_table(store.records.request),
+    }
     recovered = []
     for message in messages:
         outcome = None
         if not dry_run:
-            outcome = end(
-                store, message, keep=_has_said(message), kept=(lambda text: stored(masks, text)) if masks else None
-            )
+            kept = (lambda text: stored(masks, text)) if masks else None
+            outcome = end(store, message, keep=_has_said(message), kept=kept, **tables)
             if outcome is None:
                 continue  # it was taken up at this moment
         silent_s = age_of(message.updated_at)

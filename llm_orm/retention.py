@@ -15,7 +15,7 @@ from .checks import as_key, check_keywords, check_storable, clear_about
 from .errors import ChatBusy, ChatGone, InvalidValue, UnknownKeyword
 from .heart import BEAT_EVERY_S
 from .options import Options
-from .records import LlmMessage, Record, now
+from .records import LlmMessage, now
 from .stopped import age_of, end
 from .store import Store, as_store
 
@@ -149,7 +149,7 @@ def prune(
     conditions = _conditions(store, "prune()", where) if where is not None else []
     conditions += _unused_since(store, before)
     takes_orphans = not keep_requests and where is None
-    takes_orphans = takes_orphans and _is_there(store, store.records.request)
+    takes_orphans = takes_orphans and store.has_table(store.records.request)
     if dry_run:
         at_rest = [~_has_turn(store, alive=True), ~_has_turn(store, parked=True)]
         counts = _counted(store, [*conditions, *at_rest])
@@ -200,15 +200,16 @@ def _conditions(store: Store, call: str, where: Any) -> list[Any]:
         for value in (name, *values):
             if isinstance(value, str):
                 check_storable(f"where={name!r}", value)
+        if not values:
+            raise InvalidValue(f"{call}: where={name!r} has no value")
         if name.startswith("metadata."):
             alternatives = [_metadata_is(store, name, name.partition(".")[2], value) for value in values]
         elif name == "id":
-            alternatives = [record.id == _chat_id(value) for value in values]
+            alternatives = [record.id.in_([_chat_id(value) for value in values])]
         else:
-            field = getattr(record, name)
-            alternatives = [field.is_null() if value is None else field == value for value in values]
-        if not alternatives:
-            raise InvalidValue(f"{call}: where={name!r} has no value")
+            field, known = getattr(record, name), [value for value in values if value is not None]
+            alternatives = [field.in_(known)] if known else []
+            alternatives += [field.is_null()] if len(known) < len(values) else []
         conditions.append(_any_of(alternatives))
     with clear_about(call, {name: value for name, value in where.items() if name in own}), store.connection():
         list(record.select(record.id).where(*conditions).limit(0))  # what no database can compare is refused here
@@ -216,10 +217,9 @@ def _conditions(store: Store, call: str, where: Any) -> list[Any]:
 
 
 def _any_of(conditions: Sequence[Any]) -> Any:
-    condition = conditions[0]
-    for another in conditions[1:]:
-        condition = condition | another
-    return condition
+    """One of them: as a tree, for a chain of hundreds is too deep for Python, and for SQLite."""
+    middle = len(conditions) // 2
+    return (_any_of(conditions[:middle]) | _any_of(conditions[middle:])) if middle else conditions[0]
 
 
 def _chat_id(given: Any) -> UUID:
@@ -273,7 +273,7 @@ def _unused_since(store: Store, moment: datetime) -> list[Any]:
     chat, records = store.records.chat, store.records
     conditions: list[Any] = [chat.updated_at < moment]
     for record in (records.message, records.agent_session):
-        if _is_there(store, record):
+        if store.has_table(record):
             other = record.alias("used")
             used = other.select(pw.Value(1)).where(other.chat == chat.id, other.updated_at >= moment)
             conditions.append(~pw.fn.EXISTS(used))
@@ -316,15 +316,15 @@ def _erase(
         if not chosen:
             return counts, busy
         files = message.select(message.id).where(message.chat.in_(chosen))
-        if _is_there(store, attachment):
+        if store.has_table(attachment):
             counts["attachments"] = attachment.delete().where(attachment.message.in_(files)).execute()
-        if _is_there(store, tool_call):
+        if store.has_table(tool_call):
             blank = {"arguments": "", **dict.fromkeys(("thought", "thought_signature", "result", "error", "metadata"))}
             counts["tool_calls"] = tool_call.update(blank).where(tool_call.chat.in_(chosen)).execute()
-        if _is_there(store, request):
+        if store.has_table(request):
             blank = {"error_message": None, "provider_request_id": None}
             counts["requests"] = request.update(blank).where(request.chat.in_(chosen)).execute()
-        if _is_there(store, records.agent_session):
+        if store.has_table(records.agent_session):
             session = records.agent_session
             session.update(metadata=None).where(session.chat.in_(chosen)).execute()
         names = ("content", "content_raw", "thinking_text", "thinking_signature", "request_key")
@@ -343,15 +343,15 @@ def _prune(store: Store, ids: list[UUID], conditions: list[Any], keep_requests: 
         if not chosen:
             return counts
         files = message.select(message.id).where(message.chat.in_(chosen))
-        if _is_there(store, request):
+        if store.has_table(request):
             if keep_requests:
                 blank = {"error_message": None, "provider_request_id": None}
                 request.update(blank).where(request.chat.in_(chosen)).execute()
             else:
                 counts["requests"] = request.delete().where(request.chat.in_(chosen)).execute()
-        if _is_there(store, attachment):
+        if store.has_table(attachment):
             counts["attachments"] = attachment.delete().where(attachment.message.in_(files)).execute()
-        if _is_there(store, tool_call):
+        if store.has_table(tool_call):
             counts["tool_calls"] = tool_call.delete().where(tool_call.chat.in_(chosen)).execute()
         counts["messages"] = message.delete().where(message.chat.in_(chosen)).execute()
         counts["chats"] = records.chat.delete().where(records.chat.id.in_(chosen)).execute()
@@ -380,7 +380,7 @@ def _at_rest(
     chosen = [key for key in meant if key not in working | waiting]
     for turn in turns:
         if turn.chat_id in chosen:
-            calls, requests = _is_there(store, store.records.tool_call), _is_there(store, store.records.request)
+            calls, requests = store.has_table(store.records.tool_call), store.has_table(store.records.request)
             end(store, turn, keep=False, stores_tool_calls=calls, stores_requests=requests)
     return chosen, [key for key in meant if key in working]
 
@@ -412,10 +412,10 @@ def _counted(store: Store, conditions: list[Any]) -> Counts:
     with store.connection():
         counts: Counts = {"chats": chosen.count(), "messages": messages.count()}
         for name, record in (("tool_calls", records.tool_call), ("requests", records.request)):
-            there = _is_there(store, record)
+            there = store.has_table(record)
             counts[name] = record.select().where(record.chat.in_(chosen)).count() if there else 0
         files = records.attachment
-        there = _is_there(store, files)
+        there = store.has_table(files)
         counts["attachments"] = files.select(files.id).where(files.message.in_(messages)).count() if there else 0
     return counts
 
@@ -423,15 +423,6 @@ def _counted(store: Store, conditions: list[Any]) -> Counts:
 def _add(counts: Counts, more: Counts) -> None:
     for name, count in more.items():
         counts[name] = counts.get(name, 0) + count
-
-
-def _is_there(store: Store, record: type[Record]) -> bool:
-    """Whether the table exists: with persistence={…: False} an application may do without."""
-    name = record._meta.table_name  # type: ignore[attr-defined]
-    with store.connection():
-        if store.is_sqlite:
-            return name in store.database.get_tables()
-        return store.database.execute_sql("SELECT to_regclass(%s)", (f'"{name}"',)).fetchone()[0] is not None
 
 
 # On the disk

@@ -74,7 +74,7 @@ def check(
     store = as_store(store)
     only = None if chat_id is None else _known(store, chat_id)
     words = _words(store, stale_after, only)
-    there = {name for name in ("tool_call", "request") if _is_there(store, words[name])}
+    there = {name for name in ("tool_call", "request") if store.has_table(getattr(store.records, name))}
     found: list[Finding] = []
     for rule in (*RULES, *_foreign_keys(store)):
         if rule.needs <= there and len(found) < limit:
@@ -314,14 +314,6 @@ def _known(store: Store, chat_id: UUID | str) -> UUID:
     if not store.read(store.statements.chat_exists(key)):
         raise ChatGone(f"there is no chat {key} in {store!r}")
     return key
-
-
-def _is_there(store: Store, table: str) -> bool:
-    try:
-        store.read(Sql(f"SELECT 1 FROM {table} LIMIT 1"))
-    except TablesMissing:
-        return False
-    return True
 
 
 def _found(store: Store, rule: Rule, words: Mapping[str, str], only: UUID | None, limit: int) -> Iterator[Finding]:

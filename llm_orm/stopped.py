@@ -123,7 +123,7 @@ def end(
     calls = calls_of(store, message.id) if stores_tool_calls else []
     statements = taken(store, message, calls, stores_requests)
     if kept is not None:
-        statements += kept_arguments(store, calls, kept)
+        statements += _kept_arguments(store, calls, kept, mark)
     if stores_tool_calls:
         statements.append(sql.interrupt_tool_calls(**mark))
     replaced = _replaced_by(store, message)
@@ -155,11 +155,14 @@ MARKS = ("partial", "sent_back")
 """What is said in `content_raw` of a pending message only."""
 
 
-def kept_arguments(store: Store, calls: list[LlmToolCall], kept: Callable[[str], str]) -> list[Sql]:
+def _kept_arguments(
+    store: Store, calls: list[LlmToolCall], kept: Callable[[str], str], mark: Mapping[str, Any]
+) -> list[Sql]:
     """Let go of the arguments of calls, of which less is to be kept now that they will not run."""
     sql, record = store.statements, store.records.tool_call
+    ours = sql.chat_of(**mark)
     return [
-        sql.update(record, {"arguments": text}, message_id=call.message_id, tool_call_id=call.tool_call_id)
+        sql.update(record, {"arguments": text}, id=call.id, chat_id=ours)
         for call in calls
         if (text := kept(call.arguments)) != call.arguments
     ]

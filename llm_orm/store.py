@@ -111,6 +111,13 @@ class Store:
         with self.connection(), self.database.atomic():
             self.database.drop_tables(list(self.records))
 
+    def has_table(self, record: type[Record]) -> bool:
+        """Whether the table of a record exists: with persistence={…: False} an application may do without some."""
+        name = record._meta.table_name  # type: ignore[attr-defined]
+        if self.is_sqlite:
+            return bool(self.read(Sql("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,))))
+        return self.read(Sql("SELECT to_regclass(%s)", (f'"{name}"',)))[0][0] is not None
+
     @property
     def chat_columns(self) -> list[str]:
         """The names of the application's own columns of the chat."""

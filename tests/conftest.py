@@ -315,8 +315,11 @@ def store(request: pytest.FixtureRequest, database_url: str, sqlite_file: Path, 
 @pytest.fixture(scope="session")
 def real_litellm(environment: None) -> None:
     """litellm is there: to import it takes longer than a hundred tests."""
-    import litellm  # noqa: F401
+    import litellm
 
+    # It drops the eldest of its clients, with sockets open, of which Python complains in whatever test runs then.
+    clients: Any = litellm.in_memory_llm_clients_cache
+    clients.max_size_in_memory = clients.default_ttl = 1_000_000
     gc.collect()
     gc.freeze()
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from conftest import WAYS, rows
@@ -23,6 +24,7 @@ from llm_orm import (
     ChatBusy,
     InvalidValue,
     NothingToResume,
+    PIIMask,
     Store,
     TurnCancelled,
     connect,
@@ -32,6 +34,7 @@ from llm_orm import (
 )
 from llm_orm import aside as aside_module
 from llm_orm.heart import LOOK_EVERY_S
+from llm_orm.rows import Rows
 from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
 LONDON = Call("get_weather", city="London")
@@ -708,6 +711,35 @@ def test_a_turn_that_is_resumed_at_the_moment_in_which_it_is_stopped_goes_on(sto
     assert again(chat).cancel() is False
     assert messages(store)[1] == ("assistant", "completed", "Done.")
     assert rows(store, "tool_call", "status") == [("completed",)]
+
+
+def test_a_turn_that_was_resumed_a_moment_ago_is_stopped_all_the_same(store, never):
+    """Its tool runs with what the model wrote, and so does whoever would resume it: less of that is kept only then."""
+
+    @tool(requires_approval=True)
+    def write_to(address: str) -> str:
+        seen.extend([address, *rows(store, "tool_call", "arguments")])
+        raise SystemExit
+
+    seen: list[Any] = []
+    mask = PIIMask(stored=True)
+    chat = chat_with(store, Call("write_to", address="anna@example.com"), tools=[write_to], middlewares=[mask])
+    chat.ask("Count!")
+    chat.approve("call_1")
+    read = store.read
+
+    def read_and_resume(statement: Any) -> Any:
+        found = read(statement)
+        store.read = read  # type: ignore[method-assign]
+        with patch.object(Rows, "give_up", lambda self, error: None), pytest.raises(SystemExit):
+            chat.resume()
+        return found
+
+    store.read = read_and_resume  # type: ignore[method-assign]
+    assert again(chat, middlewares=[mask]).cancel() is True
+    assert rows(store, "tool_call", "status", "arguments") == [("running", seen[1][0])]
+    assert "anna@example.com" in seen[1][0]
+    assert rows(store, "message", "cancelled_at")[1] != (None,)
 
 
 def test_a_resumed_turn_is_stopped_like_any_other(store, never):

@@ -29,7 +29,7 @@ NOT_CODE = ("text", "mermaid")
 
 
 @pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Provider]:
+def provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, real_litellm: None) -> Iterator[Provider]:
     """The provider that OPENAI_API_KEY is for, and an empty folder to work in."""
     with Provider() as provider:
         monkeypatch.setenv("OPENAI_API_KEY", "test-key")

@@ -202,7 +202,9 @@ def test_those_that_are_left_are_asked_in_a_later_round(store: Store, ask: Ask):
     assert asked(chat) == ["first", "second", "second", "third", "third"]
 
 
-def test_a_fallback_of_no_known_provider_is_refused_before_anything_is_written(store: Store, ask: Ask):
+def test_a_fallback_of_no_known_provider_is_refused_before_anything_is_written(
+    store: Store, ask: Ask, real_litellm: None
+):
     chat = create_chat(store, model="openai/gpt-4o").with_fallbacks("anthropic/claude-sonnet-4-5", "no-such-model")
     with pytest.raises(UnknownModel, match="'no-such-model'"):
         ask(chat, "Hello")

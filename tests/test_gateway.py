@@ -606,7 +606,7 @@ def test_every_error_class_of_litellm_is_known_to_be_final_or_not():
 
 @pytest.mark.parametrize("model", ["gpt-4o", "anthropic/claude-sonnet-4-5", "gemini/gemini-2.5-flash"])
 def test_a_missing_key_is_reported_at_once_and_costs_nothing(
-    store: Store, ask: Ask, model: str, capfd: pytest.CaptureFixture[str]
+    store: Store, ask: Ask, model: str, capfd: pytest.CaptureFixture[str], real_litellm: None
 ):
     chat = create_chat(store, model=model)
 

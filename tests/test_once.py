@@ -8,7 +8,7 @@ import pytest
 from conftest import rows
 from freezegun import freeze_time
 
-from llm_orm import ChatBusy, InvalidValue, NothingToRetry, create_chat, load_chat, tool
+from llm_orm import ChatBusy, InvalidValue, NothingToRetry, create_chat, load_chat, recover, tool
 from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
 
@@ -111,6 +111,23 @@ def test_a_key_stands_for_one_message(store):
     assert len(messages(store)) == 2
 
 
+PICTURES = [("a.png", b"\x89PNG\r\n\x1a\n" + bytes([number])) for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [("What is it?", PICTURES[1]), ("What is it?", PICTURES), ("What is it?", None), ("Really?", PICTURES[0])],
+)
+@pytest.mark.parametrize("first", ["What is it?", ""])
+def test_a_key_stands_for_one_message_and_its_files(store, first, text, files):
+    chat = chat_with(store, "A cat.")
+    reply = chat.ask(first, files=[PICTURES[0]], key="k_1")
+    assert chat.ask(first, files=[PICTURES[0]], key="k_1").id == reply.id
+    with pytest.raises(InvalidValue, match=r"key='k_1' .* another message before"):
+        chat.ask(text, files=files, key="k_1")
+    assert len(messages(store)) == 2
+
+
 @pytest.mark.parametrize("key", ["", " ", 7, "k" * 256, "a\x00b", b"k"])
 def test_what_cannot_be_a_key_is_refused_before_anything_is_written(store, key):
     chat = chat_with(store, "Paris.")
@@ -167,6 +184,29 @@ def test_a_key_of_a_turn_whose_process_died_goes_on_where_it_stopped(store, ask)
     assert ran == ["Rome"]
     assert len(other.options.llm.requests) == 1
     assert messages(store) == [("user", "completed", "Weather?", "k_1"), ("assistant", "completed", "Rain.", None)]
+
+
+@pytest.mark.parametrize("other_does", ["answers", "recovers"])
+def test_a_dead_turn_that_another_ends_at_this_moment_is_not_a_busy_chat(store, other_does):
+    def dies(_):
+        raise SystemExit
+
+    chat = chat_with(store, dies)
+    with stays_pending(store), pytest.raises(SystemExit):
+        chat.ask("Weather?", key="k_1")
+    one, other = again(chat, "One."), again(chat, "Other.")
+    found, looks = store.found, []
+
+    def before_it_is_taken(query):
+        looks.append(query)
+        if len(looks) == 4:  # the turn, the message of the key, what follows it: it is dead; and the turn once more
+            other.resume(stale_after=0) if other_does == "answers" else recover(store, older_than=0)
+        return found(query)
+
+    store.found = before_it_is_taken
+    said = one.ask("Weather?", key="k_1", stale_after=0).content
+    assert said == {"answers": "Other.", "recovers": "One."}[other_does]
+    assert [row[:3] for row in messages(store)] == [("user", "completed", "Weather?"), ("assistant", "completed", said)]
 
 
 def stays_pending(store):

@@ -89,6 +89,17 @@ def test_a_turn_that_had_said_nothing_leaves_its_question(store: Store):
     assert again(chat, "Rain.").retry().content == "Rain."
 
 
+@pytest.mark.parametrize("table", ["tool_call", "request"])
+def test_a_table_that_the_application_does_without_is_not_missed(store: Store, table: str):
+    chat = chat_with(store, dies, persistence={f"{table}s": False})
+    with store.connection():
+        getattr(store.records, table).drop_table()
+    with killed():
+        chat.ask("Weather?")
+    assert [each.outcome for each in recover(store, older_than=0)] == ["removed"]
+    assert messages(store) == [QUESTION]
+
+
 def test_what_a_turn_had_said_before_its_tools_is_kept_as_incomplete(store: Store):
     chat = chat_with(store, Say("Let me see.", calls=[Call("look", city="Rome")]), dies, tools=[look])
     with killed():

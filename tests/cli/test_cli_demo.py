@@ -41,7 +41,7 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provider]:
+def provider(monkeypatch: pytest.MonkeyPatch, real_litellm: None) -> Iterator[Provider]:
     """What gpt-4o is in this test."""
     with Provider() as provider:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
