@@ -70,6 +70,13 @@ def clear_about(call: str, columns: dict[str, Any]) -> Iterator[None]:
         raise InvalidValue(f"{call}: {problem}; the columns of the application that were given: {given}") from error
 
 
+def check_scalar(call: str, name: str, value: Any) -> None:
+    """Refuse what a column cannot be compared with: a list or an expression would find another tenant's rows."""
+    is_expression = isinstance(value, pw.Node) and not isinstance(value, pw.Model)
+    if is_expression or isinstance(value, list | tuple | set | frozenset | dict):
+        raise InvalidValue(f"{call}: {name} must be one value, not {type(value).__name__}")
+
+
 def said_text(text: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(text, str):
         raise InvalidValue(f"a message must be a string, not {type(text).__name__}")
@@ -83,7 +90,8 @@ def check_request_key(key: Any) -> None:
     if key is None:
         return
     if not isinstance(key, str) or not key.strip() or len(key) > LONGEST_KEY:
-        raise InvalidValue(f"key={key!r}: a key is a string of 1 to {LONGEST_KEY} characters")
+        shown = f"{key[:20]!r}… ({len(key)} characters)" if isinstance(key, str) and len(key) > 40 else repr(key)
+        raise InvalidValue(f"key={shown}: a key is a string of 1 to {LONGEST_KEY} characters")
     check_storable("the key", key)
 
 

@@ -179,6 +179,7 @@ class Claim:
             "id": rows.message_id,
             "role": "assistant",
             "status": "pending",
+            "owner": rows.owner,
             "model_id": called.name,
             "provider": called.answering_provider,
         }
@@ -315,9 +316,9 @@ class Claim:
             return None
         calls = calls_of(self.store, message.id) if self._keeps_calls or parked is not None else []
         self._check_decided(message, calls)
-        self.rows.taken_at = now()
-        alive = {"parked_at": None, "cancelled_at": None, "updated_at": self.rows.taken_at}
         begun = taken(self.store, message, calls, self.setting.options.stores_requests)
+        self.rows.taken_at = now()  # behind the row of a call that died: that one is not to be forgotten
+        alive = {"parked_at": None, "cancelled_at": None, "updated_at": self.rows.taken_at, "owner": self.rows.owner}
         ours = self.sql.update(self.store.records.message, alive, returning="id", **mark_of(message))
         # Read before anything is changed: a turn that was taken and could not be read would pass for one at work.
         unread = self.store.read(self.sql.messages_after(self.chat_id, self.position))
@@ -334,7 +335,7 @@ class Claim:
     def _put_back(self, message: LlmMessage, error: BaseException) -> None:
         """Let a turn be as it was found, where taking it was broken off: nobody would be at work on it."""
         found = {"parked_at": message.parked_at, "updated_at": message.updated_at}
-        ours = {"id": message.id, "status": "pending", "updated_at": self.rows.taken_at}
+        ours = {"id": message.id, "status": "pending", "owner": self.rows.owner}
         try:
             self.store.transact(self.sql.update(self.store.records.message, found, **ours))
         except Exception as problem:

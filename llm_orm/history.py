@@ -111,7 +111,7 @@ def _there(record: Any, row_id: UUID, what: str) -> dict[str, Any]:
 def _copy_messages(store: Store, rows: list[dict[str, Any]], ids: dict[UUID, UUID], chat_id: UUID) -> None:
     # What they cost was spent in the chat that they come from.
     spent = dict.fromkeys(("input_tokens", "output_tokens", "cached_tokens", "thinking_tokens"))
-    own = {"chat_id": chat_id, "request_key": None, **spent}
+    own = {"chat_id": chat_id, "request_key": None, "owner": None, **spent}
     record = store.records.message
     _insert(store, record, [_columns(record, row, id=ids[row["id"]], **own) for row in rows])
 

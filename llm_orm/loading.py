@@ -6,7 +6,17 @@ from uuid import UUID
 import peewee as pw
 
 from .chat import Chat
-from .checks import OVERRIDES, STORED, as_key, check_overrides, clear_about, columns_of, options_of, stored_metadata
+from .checks import (
+    OVERRIDES,
+    STORED,
+    as_key,
+    check_overrides,
+    check_scalar,
+    clear_about,
+    columns_of,
+    options_of,
+    stored_metadata,
+)
 from .options import NAMES as OPTIONS
 from .records import LlmChat, uuid7
 from .store import Store, as_store
@@ -51,6 +61,8 @@ def load_chat(store: Store | pw.Database | str | None, chat_id: UUID | str | Non
 
 def find_chat(store: Store, call: str, key: UUID | None, columns: dict[str, Any]) -> LlmChat | None:
     """The chat's row, where its columns are as said."""
+    for name, value in columns.items():
+        check_scalar(call, name, value)
     if key is None:
         return None
     record = store.records.chat

@@ -270,6 +270,8 @@ class LlmMessage(Record):
     """Of a pending row: when its turn was parked to wait for tool calls to be approved; NULL while the turn runs."""
     cancelled_at: Column[datetime | None] = column(TimeField(null=True))
     """Of a pending row: when somebody asked for the turn to be stopped."""
+    owner: Column[UUID | None] = column(pw.UUIDField(null=True))
+    """The turn that works on the row, or did so last: another one once it was taken up by another process."""
 
     reply_schema: Any = None
     """What a reply must be, as the chat that it was read from says: not a column."""

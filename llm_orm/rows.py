@@ -18,7 +18,7 @@ from .errors import ChatGone, DatabaseUnavailable, ReplyNotSaved, TablesMissing,
 from .middleware import methods_of, stored
 from .options import Setting
 from .records import LlmMessage, now, uuid7
-from .statements import Sql
+from .statements import NEVER_RUN, Sql
 from .store import Store
 from .usage import stats_of
 from .values import (
@@ -38,6 +38,9 @@ from .values import (
 
 log = logging.getLogger("llm_orm")
 
+
+HELD_BACK = 64
+"""Characters at the end of a stream that is under way, which are not stored where a middleware masks what is."""
 
 MOST_ROWS = 500
 """Rows of one statement: SQLite takes 32,766 values in one."""
@@ -65,6 +68,8 @@ class Rows:
     """The assistant message, from placeholder to reply."""
     turn_id: UUID = field(default_factory=uuid7)
     """The user message."""
+    owner: UUID = field(default_factory=uuid7)
+    """What says in the message's row that it is ours."""
     position: int = -1
     opened_at: datetime = field(default_factory=now)
     taken_at: datetime | None = None
@@ -87,6 +92,7 @@ class Rows:
     """The answer to a call that was given up before it came."""
     unrecorded: Attempt | None = None
     """A call whose request row is not known to be written."""
+    unwritten_calls: list[dict[str, Any]] = field(default_factory=list)
     unwritten: list[Sql] = field(default_factory=list)
     """Rows of tool calls and files of the last reply that are not known to be written."""
     open_calls: dict[str, ToolCall] = field(default_factory=dict)
@@ -153,10 +159,10 @@ class Rows:
                     f"the request row of a paid call could not be written: {problem}; the reply is in .reply",
                     reply=answer.reply,
                 ) from problem
-            if isinstance(problem, DatabaseUnavailable):
+            if isinstance(problem, DatabaseUnavailable | TablesMissing):
                 self.owed.append(self._request(attempt))  # it goes with what is written next
             answer.error.add_note(f"llm_orm: the request row of this call could not be written: {problem}")
-            log.warning("the request row of a failed call could not be written: %s", problem)
+            log.warning("the request row of a call could not be written, and is tried again: %s", problem)
         except BaseException:
             self.unrecorded = attempt
             raise
@@ -169,31 +175,34 @@ class Rows:
         """
         if self.rounds or not reply.is_plain:
             self.rounds.append(reply.message)
-        written: list[Sql] = []
+        self.unwritten_calls = []
         if calls and self.setting.options.stores_tool_calls:
-            rows = [self._tool_call(call, number, place, started) for place, call in enumerate(calls)]
+            self.unwritten_calls = [self._tool_call(call, number, place, started) for place, call in enumerate(calls)]
             self.open_calls |= {call.id: call for call in calls}
-            for first in range(0, len(rows), MOST_ROWS):
-                insert = self.store.statements.insert(self.store.records.tool_call, *rows[first : first + MOST_ROWS])
-                written.append(insert)
-        self.unwritten = [*written, *self._made(reply)]
+        self.unwritten = self._made(reply)
         columns = self._columns(reply, "pending")
-        self._write(reply, columns, self._update_message(columns))
+        self._write(reply, columns, *self._inserted(self.unwritten_calls), self._update_message(columns))
+
+    def _inserted(self, calls: list[dict[str, Any]]) -> list[Sql]:
+        pieces = (calls[first : first + MOST_ROWS] for first in range(0, len(calls), MOST_ROWS))
+        return [self.store.statements.insert(self.store.records.tool_call, *piece) for piece in pieces]
 
     def save_partly(self, text: str, thinking: str) -> None:
         """Write what has come of a stream so far. Where that fails nothing is lost: all of it is written at the end."""
         try:
+            if self._masks:  # what they look for may be there in part
+                text, thinking = text[:-HELD_BACK], thinking[:-HELD_BACK]
             columns = {"content": self._stored(text or None), "thinking_text": self._stored(thinking or None)}
             self._mark("partial", columns)
         except Exception as problem:
             log.warning("the part of a reply that has come could not be written: %s", problem)
 
-    def save_sent_back(self) -> None:
-        """Write that the reply that is stored is not the last word: the model is asked for another."""
-        self._mark("sent_back", {})
+    def save_sent_back(self, number: int) -> None:
+        """Write that the reply that is stored is not the last word: call `number` of the model asks for another."""
+        self._mark("sent_back", {}, number)
 
-    def _mark(self, name: str, columns: dict[str, Any]) -> None:
-        raw = {**(self._content_raw() or {}), name: True}
+    def _mark(self, name: str, columns: dict[str, Any], value: Any = True) -> None:
+        raw = {**(self._content_raw() or {}), name: value}
         self.store.transact(self._update_message({**columns, "content_raw": raw, "updated_at": now()}))
 
     def spent(self) -> Stats:
@@ -258,7 +267,7 @@ class Rows:
 
     def park(self, calls: Sequence[ToolCall]) -> LlmMessage:
         """Let the turn wait for a person, with nothing in memory; the message as it waits."""
-        rows = self.store.transact(*self.store.statements.park(self.message_id, [call.id for call in calls]))
+        rows = self.store.transact(*self.store.statements.park([call.id for call in calls], **self._ours))
         if rows and rows[0][0] is not None:
             raise TurnCancelled()  # in the middle of its last tool
         self.is_settled = True
@@ -294,7 +303,8 @@ class Rows:
         unfinished: list[Sql] = []
         if self.open_calls and self.setting.options.stores_tool_calls:
             calls = [*self.open_calls.values()]
-            unfinished = [self.store.statements.interrupt_tool_calls(id=self.message_id), *self._closed(calls)]
+            interrupted = self.store.statements.interrupt_tool_calls(told=True, **self._ours)
+            unfinished = [interrupted, *self._closed(calls)]
         self.unwritten = self._made(reply)
         return self._settle_as(reply, "completed", *unfinished)
 
@@ -316,20 +326,25 @@ class Rows:
                 self.unrecorded = replace(attempt, answer=_ended_by(attempt.answer, error))
             self.record()
         sql = self.store.statements
-        gone = sql.delete(self.store.records.message, returning="id", id=self.message_id, status="pending")
-        statements: list[Sql] = []
+        gone = sql.delete(self.store.records.message, returning="id", **self._ours)
         try:
-            if self.rounds and self.setting.options.stores_tool_calls:
-                statements.append(sql.interrupt_tool_calls(id=self.message_id))
-                statements += self._closed([*self.open_calls.values()])
-            kept = self._kept(error)
-            statements = [*self.unwritten, *statements, *kept] if kept else [*statements, gone]
+            kept, closed = self._kept(error), self._closed([*self.open_calls.values()])
         except Exception:  # what a middleware does not let be stored is not kept
-            statements.append(gone)
-        self.clear_placeholder(error, *self.owed, *statements)
+            kept, closed = [], []
+        statements: list[Sql] = []
+        if self.rounds and self.setting.options.stores_tool_calls:
+            statements += [sql.interrupt_tool_calls(told=bool(kept), **self._ours), *closed]
+        if kept:
+            ended = {"status": "failed", "error": "interrupted", "result": NEVER_RUN, "finished_at": now()}
+            statements += [*self.unwritten, *self._inserted([call | ended for call in self.unwritten_calls])]
+        statements += kept or [gone]
+        if self.clear_placeholder(error, *self.owed, *statements):
+            self.owed = []
+        for row in self.owed:
+            self.store.owe(row)
 
-    def clear_placeholder(self, error: BaseException, *statements: Sql) -> None:
-        """Clear it; where that fails, it does not hide why it was to be done."""
+    def clear_placeholder(self, error: BaseException, *statements: Sql) -> bool:
+        """Clear it, and say whether that succeeded; where it fails, it does not hide why it was to be done."""
         try:
             if not self.store.transact(*statements) and self.setting.options.stores_requests:
                 # Who took this turn for dead has put a call on record that it knew nothing of; we do.
@@ -337,6 +352,8 @@ class Rows:
                 self.store.transact(self.store.statements.forget_deaths(self.setting.chat_id, self.turn_id, since))
         except Exception as problem:
             error.add_note(f"llm_orm: the turn's placeholder could not be cleared: {problem}")
+            return False
+        return True
 
     def _kept(self, error: BaseException) -> list[Sql]:
         """What keeps the failed answer, where it is to be kept; an empty one does not replace another."""
@@ -528,17 +545,26 @@ class Rows:
             recorded = self.unrecorded if self.setting.options.stores_requests else None
             request = [self._request(recorded)] if recorded else []
             rows = self.store.transact(*self.owed, *request, *self.unwritten, *statements)
+            calls, self.unwritten_calls = self.unwritten_calls, []
             self.unrecorded, self.owed, self.unwritten = None, [], []
         except Exception as problem:
             raise ReplyNotSaved(
                 f"the model's reply could not be written: {problem}; it is in .reply, whole", reply=reply
             ) from problem
         if not rows and not self._is_written(columns):
-            raise ReplyNotSaved(
+            lost = ReplyNotSaved(
                 f"chat {self.setting.chat_id} was deleted, or this turn was cleared as dead by another process; "
                 "its reply is in .reply, whole",
                 reply=reply,
             )
+            self._withdraw(calls, lost)
+            raise lost
+
+    def _withdraw(self, calls: list[dict[str, Any]], error: BaseException) -> None:
+        """Delete the rows of calls that were just written: they stand in the message of whoever took the turn."""
+        sql, record = self.store.statements, self.store.records.tool_call
+        if calls:
+            self.clear_placeholder(error, *(sql.delete(record, returning="id", id=call["id"]) for call in calls))
 
     def _is_written(self, columns: dict[str, Any]) -> bool:
         """Whether it was written before the connection was lost that would have said so."""
@@ -546,10 +572,14 @@ class Rows:
         ours = (record.id == self.message_id, record.updated_at == columns["updated_at"])
         return bool(self.store.found(record.select(record.id).where(*ours)))
 
+    @property
+    def _ours(self) -> dict[str, Any]:
+        """What is true of the assistant message as long as nobody has ended the turn, or taken it up."""
+        return {"id": self.message_id, "status": "pending", "owner": self.owner}
+
     def _update_message(self, columns: dict[str, Any]) -> Sql:
         """Update the assistant message, as long as it is still ours."""
-        ours = {"id": self.message_id, "status": "pending"}
-        return self.store.statements.update(self.store.records.message, columns, returning="id", **ours)
+        return self.store.statements.update(self.store.records.message, columns, returning="id", **self._ours)
 
     def _update_tool_call(self, columns: dict[str, Any], tool_call_id: str) -> Sql:
         ours = {"message_id": self.message_id, "tool_call_id": tool_call_id}
@@ -561,7 +591,7 @@ class Rows:
             return [self._update_message(columns)]
         replaced, self.position = self.replaces
         # Where this one was cleared as dead, the other stays.
-        ours = self.store.statements.chat_of(id=self.message_id, status="pending")
+        ours = self.store.statements.chat_of(**self._ours)
         gone = self.store.statements.delete(self.store.records.message, id=replaced, chat_id=ours)
         place = self.store.statements.place_if_free(self.setting.chat_id, self.position)
         return [gone, self._update_message({**columns, "position": place})]
@@ -584,6 +614,7 @@ class Rows:
             chat_id=self.setting.chat_id,
             position=self.position,
             role="assistant",
+            owner=self.owner,
             created_at=self.opened_at,
             **columns,
         )

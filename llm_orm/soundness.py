@@ -155,7 +155,7 @@ RULES = (
         "SELECT id AS row_id, chat_id, position FROM {message} AS m WHERE status = 'pending' AND EXISTS "
         "(SELECT 1 FROM {message} AS later WHERE later.chat_id = m.chat_id AND later.position > m.position)",
         "message {row}, at position {0}, is pending and others follow it: something else than a turn wrote behind it; "
-        'end it with "llm-orm recover", and look at what follows',
+        'end it with "llm-orm recover --older-than 60s", and look at what follows',
     ),
     Rule(
         "stale",
@@ -163,7 +163,7 @@ RULES = (
         "SELECT id AS row_id, chat_id, updated_at FROM {message} "
         "WHERE status = 'pending' AND parked_at IS NULL AND updated_at < {cutoff}",
         "message {row} is pending, and its turn gave its last sign of life at {0}: its process died; go on with "
-        'load_chat(…, "{chat}").resume(), or end it with "llm-orm recover --chat {chat}"',
+        'load_chat(…, "{chat}").resume(), or end it with "llm-orm recover --chat {chat} --older-than 60s"',
     ),
     Rule(
         "parked",
@@ -181,7 +181,7 @@ RULES = (
         "SELECT c.id AS row_id, c.chat_id, c.name FROM {tool_call} AS c JOIN {message} AS m ON m.id = c.message_id "
         "WHERE c.approval = 'required' AND c.status = 'pending' AND m.status = 'pending' AND m.parked_at IS NULL",
         "tool call {row} ({0}) waits for approval in a turn that is not parked: nobody will go on once it is decided; "
-        'end the turn with "llm-orm recover --chat {chat}"',
+        'end the turn with "llm-orm recover --chat {chat} --older-than 60s"',
         CALLS,
     ),
     Rule(

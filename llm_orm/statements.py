@@ -16,6 +16,11 @@ DIED = "ProcessDied"
 """The `error` of a request row that stands for a call which may have been under way when its process died."""
 
 
+INTERRUPTED = "The tool was interrupted while it ran. Whether it did its work is not known."
+NEVER_RUN = "Not run: the turn was broken off before."
+"""What the model is told of calls whose turn was broken off, where it is shown them."""
+
+
 class Sql(NamedTuple):
     text: str
     params: tuple = ()
@@ -92,16 +97,23 @@ class Statements:
         return Sql(f"{self._insert_into(record, names)} VALUES {values} ON CONFLICT (id) DO NOTHING", tuple(params))
 
     def insert_where(
-        self, record: type[Record], row: Mapping[str, Any], there: type[Record], where: Mapping[str, Any]
+        self,
+        record: type[Record],
+        row: Mapping[str, Any],
+        there: type[Record],
+        where: Mapping[str, Any],
+        unless: Mapping[str, Any],
     ) -> Sql:
-        """Insert a row if another is there, of which something is true."""
+        """Insert a row if another is there, of which something is true, unless it is of one of its own kind."""
         texts, params = self._values(record, row)
         conditions, more = self._values(there, where)
+        exceptions, yet_more = self._values(record, unless)
         text = (
             f"{self._insert_into(record, tuple(row))} SELECT {', '.join(texts)} "
-            f"WHERE EXISTS (SELECT 1 FROM {_table(there)} WHERE {_all_of(where, conditions)})"
+            f"WHERE EXISTS (SELECT 1 FROM {_table(there)} WHERE {_all_of(where, conditions)}) "
+            f"AND NOT EXISTS (SELECT 1 FROM {_table(record)} WHERE {_all_of(unless, exceptions)})"
         )
-        return Sql(text, (*params, *more))
+        return Sql(text, (*params, *more, *yet_more))
 
     def copy(self, record: type[Record], row_id: UUID, **changes: Any) -> Sql:
         """Insert a row once more, with some columns changed; nothing of it leaves the database."""
@@ -150,14 +162,23 @@ class Statements:
         table, param = _table(self.records.attachment), self.param
         return Sql(f"DELETE FROM {table} WHERE message_id = {param} AND position >= {param}", (message_id.hex, first))
 
-    def interrupt_tool_calls(self, **message: Any) -> Sql:
-        """Say of a message's calls that will not be finished that they were not."""
+    def interrupt_tool_calls(self, *, told: bool, **message: Any) -> Sql:
+        """Say of a message's calls that will not be finished that they were not.
+
+        told    whether the model is, for the message is kept
+        """
         conditions, params = self._values(self.records.message, message)
+        ended: dict[str, Any] = {"status": "failed", "error": "interrupted", "finished_at": now()}
+        if told:
+            texts = [self._values(self.records.tool_call, {"result": text})[1][0] for text in (INTERRUPTED, NEVER_RUN)]
+            which = f"CASE WHEN status = 'running' THEN {self.param} ELSE {self.param} END"
+            ended["result"] = Sql(which, tuple(texts))
+        changes, values = self._values(self.records.tool_call, ended)
         return Sql(
-            f"UPDATE {_table(self.records.tool_call)} SET status = 'failed', error = {self.param}, "
-            f"finished_at = {self.param} WHERE status IN ('pending', 'running') AND message_id IN "
+            f"UPDATE {_table(self.records.tool_call)} SET {_list_of(ended, changes)} "
+            "WHERE status IN ('pending', 'running') AND message_id IN "
             f"(SELECT id FROM {_table(self.records.message)} WHERE {_all_of(message, conditions)})",
-            (*self._values(self.records.tool_call, {"error": "interrupted", "finished_at": now()})[1], *params),
+            (*values, *params),
         )
 
     def forget_deaths(self, chat_id: UUID, turn_id: UUID, since: datetime) -> Sql:
@@ -176,15 +197,15 @@ class Statements:
             (now().isoformat(" ", "microseconds"), *(message_id.hex for message_id in message_ids)),
         )
 
-    def park(self, message_id: UUID, tool_call_ids: Sequence[str]) -> tuple[Sql, Sql]:
+    def park(self, tool_call_ids: Sequence[str], **message: Any) -> tuple[Sql, Sql]:
         """Let a turn wait for its calls to be approved; (cancelled_at), where it is still there to wait."""
         record, time = self.records.message, now()
-        calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)
+        calls = self._where_in({"message_id": message["id"]}, "tool_call_id", tool_call_ids)
         asked = Sql(
             f"UPDATE {_table(self.records.tool_call)} SET approval = 'required' WHERE {calls.text}", calls.params
         )
         parked = {"parked_at": time, "updated_at": time}
-        return asked, self.update(record, parked, returning="cancelled_at", id=message_id, status="pending")
+        return asked, self.update(record, parked, returning="cancelled_at", **message)
 
     def start_tool_calls(self, message_id: UUID, tool_call_ids: Sequence[str]) -> Sql:
         calls = self._where_in({"message_id": message_id}, "tool_call_id", tool_call_ids)
@@ -310,6 +331,10 @@ _IS_ERASED = "content IS NULL AND content_raw IS NULL"
 
 def _table(record: type[Record]) -> str:
     return f'"{record._meta.table_name}"'  # type: ignore[attr-defined]
+
+
+def _list_of(values: Mapping[str, Any], texts: list[str]) -> str:
+    return ", ".join(f'"{name}" = {text}' for name, text in zip(values, texts, strict=True))
 
 
 def _all_of(where: Mapping[str, Any], texts: list[str]) -> str:

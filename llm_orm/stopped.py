@@ -46,12 +46,15 @@ def is_partial(message: LlmMessage) -> bool:
 
 def is_sent_back(message: LlmMessage) -> bool:
     """Whether the reply of a pending message was not good enough, and the model is asked for another."""
-    return bool((message.content_raw or {}).get("sent_back"))
+    return "sent_back" in (message.content_raw or {})
 
 
 def next_round(message: LlmMessage, calls: list[LlmToolCall]) -> int:
     """Which call of the model would come next."""
-    return max((call.round for call in calls), default=len(rounds_of(message)) - 1) + 1
+    if is_sent_back(message):
+        return message.content_raw["sent_back"]
+    said = len(rounds_of(message)) or int(is_whole(message))
+    return max((call.round for call in calls), default=said - 1) + 1
 
 
 def was_calling(message: LlmMessage, calls: list[LlmToolCall]) -> bool:
@@ -101,7 +104,9 @@ def _died(store: Store, message: LlmMessage, calls: list[LlmToolCall], mark: Map
         "usage_estimated": False,
         "created_at": now(),
     }
-    return sql.insert_where(store.records.request, row, store.records.message, mark)
+    # The call may be on record, where its process is alive and could write nothing but that.
+    answered = {"message_id": message.id, "round": number, "status_code": 200}
+    return sql.insert_where(store.records.request, row, store.records.message, mark, unless=answered)
 
 
 def end(
@@ -124,13 +129,13 @@ def end(
     statements = taken(store, message, calls, stores_requests)
     if kept is not None:
         statements += _kept_arguments(store, calls, kept, mark)
-    if stores_tool_calls:
-        statements.append(sql.interrupt_tool_calls(**mark))
     replaced = _replaced_by(store, message)
     said = bool(message.content or rounds_of(message))
     is_kept = is_partial(message) or (keep and (said or replaced is None))
     is_answered = is_whole(message) and not is_sent_back(message)
     outcome = "completed" if is_answered else "kept" if is_kept else "removed"
+    if stores_tool_calls:
+        statements.append(sql.interrupt_tool_calls(told=outcome != "removed", **mark))
     if outcome == "removed":
         statements.append(sql.delete(record, returning="id", **mark))
     else:

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -84,6 +84,7 @@ class Store:
         self.is_sqlite = isinstance(database, pw.SqliteDatabase)
         self._is_closed = False
         self._is_ours = is_ours
+        self._owed: deque[Sql] = deque()
         self._was_reached = False
         self._waited_until = -math.inf
         self._threads = threads
@@ -233,6 +234,23 @@ class Store:
     def _read(self, statement: Sql) -> list[tuple]:
         with self.connection():
             return self._clear((statement,), self._execute(statement.text, statement.params))
+
+    def owe(self, row: Sql) -> None:
+        """Keep a row that the database was not there to take, for as long as the process lives; it is tried again
+        before the next turn."""
+        self._owed.append(row)
+
+    def pay(self) -> None:
+        """Write what is owed, as far as the database is there."""
+        while self._owed:
+            row = self._owed.popleft()
+            try:
+                self.transact(row)
+            except (DatabaseUnavailable, TablesMissing):
+                self._owed.appendleft(row)
+                return
+            except Exception as problem:
+                log.error("a request row could not be written, and is given up: %s", problem)
 
     def found(self, query: Any) -> list[Any]:
         """What a query of peewee's finds; asked once more where the connection is lost."""

@@ -130,6 +130,7 @@ class Turn:
 
     def run(self) -> Flow:
         claim = Claim(self.rows, self.start, self.transcript.position)
+        self.store.pay()
         unread = yield from claim.take()
         if claim.before.answer is not None:
             return (yield from self._answered(claim.before.answer))
@@ -233,7 +234,7 @@ class Turn:
                 self.rows.finish(reply)  # a reply that was complete stays
                 raise
             if isinstance(directive, RETRY):
-                self.rows.save_sent_back()
+                self.rows.save_sent_back(self.number)
                 yield from self._send_back(directive.message, reply)
                 return None
             self._check_not_stopped(directive)

@@ -40,6 +40,7 @@ def stats_of(
         query = query.where(request.chat == chat_id)
     if message_id:
         query = query.where(request.message == message_id)
+    store.pay()
     row = store.found(query.tuples())[0]
     counts = [value if index == 6 else int(value) for index, value in enumerate(row)]
     return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": _dollars(store, row[6])})

@@ -357,7 +357,7 @@ def test_a_fork_copies_the_history_and_leaves_the_original_alone(store: Store):
     assert {name: [row for row in each if row["id"] in known] for name, each in after.items()} == before
     assert copy.id not in known
     for name, own in (
-        ("LlmMessage", {"id", "chat", "input_tokens", "output_tokens", "cached_tokens", "thinking_tokens"}),
+        ("LlmMessage", {"id", "chat", "owner", "input_tokens", "output_tokens", "cached_tokens", "thinking_tokens"}),
         ("LlmToolCall", {"id", "chat", "message", "turn_id"}),
         ("LlmAttachment", {"id", "message"}),
     ):

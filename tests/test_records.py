@@ -19,7 +19,7 @@ COLUMNS = {
     "llm_chat": "id model? provider? instructions? metadata? created_at updated_at user_id?",
     "llm_message": "id chat_id position role status content? content_raw? thinking_text? thinking_signature? "
     "thinking_tokens? input_tokens? output_tokens? cached_tokens? model_id? provider? request_key? "
-    "created_at updated_at parked_at? cancelled_at?",
+    "created_at updated_at parked_at? cancelled_at? owner?",
     "llm_tool_call": "id chat_id message_id? turn_id round position tool_call_id name arguments thought? "
     "thought_signature? result? status approval? error? duration_ms? metadata? created_at finished_at?",
     "llm_request": "id chat_id? message_id? turn_id? source round attempt provider model status_code error? "

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 from unittest.mock import patch
 
+import peewee as pw
 import pytest
 from conftest import WAYS, Ask, rows
+from cryptography.fernet import Fernet
 from freezegun import freeze_time
 
 from llm_orm import (
@@ -16,10 +19,12 @@ from llm_orm import (
     DatabaseUnavailable,
     InvalidValue,
     Middleware,
+    PIIMask,
     Recovered,
     ReplyNotSaved,
     Store,
     TurnContext,
+    WrongKey,
     connect,
     create_chat,
     load_chat,
@@ -27,7 +32,7 @@ from llm_orm import (
     tool,
 )
 from llm_orm.rows import Rows
-from llm_orm.testing import Call, Say, ScriptedLLM
+from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
 DIED = (0, "ProcessDied", None)
 
@@ -194,8 +199,8 @@ def test_a_turn_that_is_taken_up_at_this_moment_is_left_to_who_took_it(store: St
     assert messages(store) == [QUESTION, ("assistant", "completed", "Rain.")]
 
 
-@pytest.mark.parametrize("older_than", [-1, 5, float("nan"), float("inf")])
-def test_a_time_in_which_no_turn_can_be_told_to_be_dead_is_refused(store: Store, older_than: float):
+@pytest.mark.parametrize("older_than", [-1, 5, float("nan"), float("inf"), "15m", None, True])
+def test_a_time_in_which_no_turn_can_be_told_to_be_dead_is_refused(store: Store, older_than: Any):
     with pytest.raises(InvalidValue, match="older_than"):
         recover(store, older_than=older_than)
 
@@ -316,6 +321,23 @@ def test_a_stream_that_cannot_be_saved_on_the_way_goes_on(store: Store, caplog: 
     assert "could not be written: gone" in caplog.text
 
 
+def test_what_is_masked_is_not_kept_in_part(store: Store):
+    """A number that a stream is in the middle of does not look like one yet."""
+    chunks = ["Yours is, as far as I can see from the papers that you have sent me, 4111 1111 ", "1111 1111"]
+    chat = chat_with(store, Say("".join(chunks), chunks=chunks, error=Dies()), save_every=0, middlewares=[Masks()])
+    with killed():
+        for _ in chat.ask_stream("Which card?"):
+            pass
+    saved = messages(store)[1][2]
+    assert "Yours is".startswith(saved[:8])
+    assert "4111" not in saved
+
+
+class Masks(PIIMask):
+    def __init__(self) -> None:
+        super().__init__(stored=True)
+
+
 # Errors of the database that pass
 
 
@@ -404,3 +426,97 @@ def test_a_statement_on_a_connection_of_the_callers_own_is_not_run_again(postgre
     with postgres_store.connection(), pytest.raises(DatabaseUnavailable):
         chat.ask("Weather?")
     assert ran == [1]
+
+
+# A turn that was taken for dead, and is alive
+
+
+@pytest.mark.parametrize("on_error", ["rollback", "keep"])
+def test_a_turn_that_was_taken_for_dead_does_not_end_the_one_that_took_it_up(store: Store, ask: Ask, on_error: str):
+    def model(keywords: dict[str, Any]) -> str:
+        assert taken_up == []
+        stream = again(chats[0], "Rain, I say.", on_error=on_error).resume_stream(stale_after=0)
+        taken_up.append(stream)
+        next(stream)
+        raise ProviderError(400)
+
+    taken_up: list[Any] = []
+    chats = [chat_with(store, model, on_error=on_error)]
+    with pytest.raises(ProviderError):
+        ask(chats[0], "Weather?")
+    for _ in taken_up[0]:
+        pass
+    assert taken_up[0].message.content == "Rain, I say."
+    assert messages(store) == [QUESTION, ("assistant", "completed", "Rain, I say.")]
+    assert [row[0] for row in rows(store, "request", "status_code")] == [400, 200]
+
+
+# What the model is told of tools that were broken off
+
+
+@pytest.mark.parametrize("end", [recovered, asked], ids=["recover", "ask"])
+def test_the_model_is_told_of_the_tools_that_ran_and_of_the_one_that_nobody_knows_of(store: Store, end: Callable):
+    @tool
+    def book(city: str) -> str:
+        if city == "Paris":
+            raise Dies
+        return f"booked {city}"
+
+    cities = [Call("book", city=city) for city in ("Rome", "Paris", "Oslo")]
+    chat = chat_with(store, cities, tools=[book])
+    with killed():
+        chat.ask("Weather?")
+    later = again(chat, "Rain.", "Well.", tools=[book], on_error="keep")
+    if end is recovered:
+        recover(store, older_than=0)
+    later.ask("And?", stale_after=0)
+    told = [message["content"] for message in later.options.llm.requests[0]["messages"] if message["role"] == "tool"]
+    assert told == [
+        "booked Rome",
+        "The tool was interrupted while it ran. Whether it did its work is not known.",
+        "Not run: the turn was broken off before.",
+    ]
+
+
+# What is owed
+
+
+def test_the_row_of_a_call_that_the_database_did_not_take_is_written_before_the_next_turn(store: Store, ask: Ask):
+    database: Any = store.database
+    execute, is_gone = database.execute_sql, []
+
+    def execute_sql(text: str, *arguments: Any, **keywords: Any) -> Any:
+        if is_gone and "cancelled_at IS NOT NULL" not in text:
+            raise pw.OperationalError("gone")
+        return execute(text, *arguments, **keywords)
+
+    def model(keywords: dict[str, Any]) -> Say:
+        is_gone.append(1)
+        return Say("Paid.", cost="0.25")
+
+    database.execute_sql = execute_sql
+    chat = chat_with(store, model, "Free.")
+    with pytest.raises(ReplyNotSaved):
+        ask(chat, "Weather?")
+    is_gone.clear()
+    assert chat.stats().cost == Decimal("0.25")
+    ask(chat, "And?", stale_after=0)
+    assert [row[0] for row in rows(store, "request", "error")] == ["ReplyNotSaved", None]
+
+
+def test_a_turn_that_cannot_be_read_does_not_keep_the_others_from_being_ended(database_url: str):
+    one, other = (Fernet.generate_key() for _ in range(2))
+    for key in (one, other):
+        with connect(database_url, encrypt=key) as store:
+            store.create_tables()
+            with killed():
+                chat_with(store, Say("Let me see.", calls=[Call("look", city="Rome")]), dies, tools=[look]).ask("Hi")
+    with connect(database_url, encrypt=other) as store:
+        with pytest.raises(WrongKey):
+            recover(store, older_than=0)
+        assert sorted(rows(store, "message", "role", "status")) == [
+            ("assistant", "incomplete"),
+            ("assistant", "pending"),
+            ("user", "completed"),
+            ("user", "completed"),
+        ]

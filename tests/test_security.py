@@ -262,6 +262,18 @@ def test_no_loader_gives_one_tenant_the_chat_of_another(store, user):
     assert load_chat(store, chat.id, user_id="u_1") is not None
 
 
+@pytest.mark.parametrize("given", [["u_1"], ["u_1", "u_2"], [], ("u_1",), {"u_1"}, {"a": 1}, pw.SQL("user_id")])
+def test_what_is_more_than_a_value_names_no_tenant(store, given):
+    """A list that came as JSON, or an expression, would be compared in ways that nobody meant."""
+    chat, session = chat_of(store, "u_1"), create_agent_session(store, Support, user_id="u_1")
+    for load in (
+        lambda: load_chat(store, chat.id, user_id=given),
+        lambda: load_agent_session(store, Support, session.id, user_id=given),
+    ):
+        with pytest.raises(InvalidValue, match="user_id must be one value"):
+            load()
+
+
 def test_the_id_of_a_session_is_not_that_of_a_chat_nor_the_other_way_round(store):
     session = create_agent_session(store, Support, user_id="u_1")
     assert load_chat(store, session.id, user_id="u_1") is None

@@ -91,6 +91,10 @@ def erase(
             confirm(yes, f"Erase for good what was said ({counted(expected.as_dict())})?")
             found = erase_chats(store, where, columns=columns)
     print_values(found.as_dict() | {"busy": [str(key) for key in found.busy]}, as_json=as_json)
+    if not found.chats and not found.busy:
+        click.echo("no chat is of that kind: nothing was erased", err=True)
+    if found.busy:
+        click.echo("chats with a running turn were left alone: erase them once it has ended", err=True)
     context.exit(1 if found.busy else 0)
 
 

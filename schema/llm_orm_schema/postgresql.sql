@@ -33,6 +33,7 @@ CREATE TABLE "llm_message" (
     "updated_at" TIMESTAMPTZ NOT NULL,
     "parked_at" TIMESTAMPTZ,
     "cancelled_at" TIMESTAMPTZ,
+    "owner" UUID,
     FOREIGN KEY ("chat_id") REFERENCES "llm_chat" ("id") ON DELETE CASCADE,
     CONSTRAINT "llm_message_role_check" CHECK (role IN ('user', 'assistant', 'system', 'tool')),
     CONSTRAINT "llm_message_status_check" CHECK (status IN ('pending', 'completed', 'incomplete', 'failed'))

@@ -98,7 +98,7 @@ def test_a_turn_is_stale_once_it_is_older_than_was_said(store: Store, database_u
         result = run("--older-than", older_than, "--database-url", database_url)
         assert result.exit_code == exit_code, older_than
     found = run("--database-url", database_url).stdout
-    assert f'llm-orm recover --chat {chat.id}"' in found
+    assert f'llm-orm recover --chat {chat.id} --older-than 60s"' in found
 
 
 def test_a_chat_of_a_store_with_keys_can_be_looked_at_without_them(database_url: str) -> None:

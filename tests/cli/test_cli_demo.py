@@ -164,7 +164,7 @@ def test_a_provider_that_refuses_is_an_error_of_one_line(sqlite_url: str, provid
     assert [request.status_code for request in chat.requests()] == [200, 401]
 
 
-def test_an_unknown_model_is_an_error_of_one_line(sqlite_url: str) -> None:
+def test_an_unknown_model_is_an_error_of_one_line(sqlite_url: str, real_litellm: None) -> None:
     result = run("--model", "nonsense", "--database-url", sqlite_url)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: no provider is known for the model 'nonsense'")

@@ -19,7 +19,7 @@ from llm_orm_schema.migrate import MIGRATIONS, applied, migrate, pending
 
 FIRST, *_ = ALL = sorted(path.stem for path in MIGRATIONS.iterdir())
 
-ADDED = {"message": ["parked_at", "cancelled_at"], "tool_call": ["approval"]}
+ADDED = {"message": ["parked_at", "cancelled_at", "owner"], "tool_call": ["approval"]}
 """The columns that the migrations after the first bring."""
 
 
@@ -31,7 +31,7 @@ class Message(LlmMessage):
 
 
 class MessageOfTheFirst(Message):
-    parked_at = cancelled_at = None
+    parked_at = cancelled_at = owner = None
 
     class Meta:
         table_name = "llm_message"
@@ -157,6 +157,7 @@ def test_the_command_names_what_older_tables_lack_and_adds_it(older: Store, data
     assert lacks == [
         "column llm_message.parked_at",
         "column llm_message.cancelled_at",
+        "column llm_message.owner",
         "column llm_tool_call.approval",
         "check llm_tool_call_approval_check on llm_tool_call",
     ]
