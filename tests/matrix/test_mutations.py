@@ -91,7 +91,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the placeholder of a turn that failed stays",
-        (("rows.py", "[*statements, gone]", "[sql.chat_exists(self.setting.chat_id)]"),),
+        (("rows.py", "kept or [gone]", "kept or [sql.chat_exists(self.setting.chat_id)]"),),
         failing("plain", "provider refuses", "asked"),
         "a turn that failed is over",
     ),
