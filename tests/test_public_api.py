@@ -110,7 +110,7 @@ def test_importing_llm_orm_takes_a_fraction_of_a_second() -> None:
         run("import llm_orm")
         return time.perf_counter() - started
 
-    assert min(seconds() for _ in range(2)) < 1.5  # litellm alone takes longer
+    assert any(seconds() < 1.5 for _ in range(8))  # litellm alone takes longer, however idle the machine
 
 
 def test_the_version_of_the_package_can_be_asked() -> None:

@@ -31,6 +31,7 @@ from llm_orm import (
     recover,
     tool,
 )
+from llm_orm.claim import Claim
 from llm_orm.rows import Rows
 from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
@@ -197,6 +198,17 @@ def test_a_turn_that_is_taken_up_at_this_moment_is_left_to_who_took_it(store: St
     store.found = resumed_meanwhile  # type: ignore[method-assign]
     assert recover(store, older_than=0) == []
     assert messages(store) == [QUESTION, ("assistant", "completed", "Rain.")]
+
+
+def test_a_parked_turn_whose_resume_is_broken_off_is_parked_still(store: Store):
+    pay = tool(requires_approval=True)(look.execute)
+    chat = chat_with(store, Call(pay.name, city="Rome"), "Done.", tools=[pay])
+    chat.ask("Weather?")
+    chat.approve(chat.pending_approvals()[0])
+    with patch.object(Claim, "_read_progress", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        chat.resume()
+    assert rows(store, "message", "parked_at")[1] != (None,)
+    assert chat.resume().content == "Done."
 
 
 @pytest.mark.parametrize("older_than", [-1, 5, float("nan"), float("inf"), "15m", None, True])
@@ -410,11 +422,13 @@ def test_a_turn_that_was_taken_up_before_the_connection_was_lost_is_taken_up_onc
     assert [row[0] for row in rows(postgres_store, "request", "error")] == ["ProcessDied", None]
 
 
-def test_an_error_that_does_not_pass_is_told_at_once(postgres_store: Store):
+@pytest.mark.parametrize("code", ["57014", "53100", "25006"], ids=["timeout", "disk full", "read-only"])
+def test_an_error_that_does_not_pass_is_told_at_once(postgres_store: Store, code: str):
     chat = chat_with(postgres_store, "Rain.")
-    timeout = "DO $$ BEGIN RAISE EXCEPTION 'canceling statement' USING ERRCODE = '57014'; END $$"
-    ran = fails_once(postgres_store, "INSERT INTO", timeout)
-    with pytest.raises(DatabaseUnavailable, match="canceling statement"):
+    ran = fails_once(
+        postgres_store, "INSERT INTO", f"DO $$ BEGIN RAISE EXCEPTION 'it says no' USING ERRCODE = '{code}'; END $$"
+    )
+    with pytest.raises(DatabaseUnavailable, match="it says no"):
         chat.ask("Weather?")
     assert ran == [1]
     assert messages(postgres_store) == []

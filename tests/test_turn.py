@@ -65,8 +65,8 @@ class Statements(logging.Handler):
         self.is_inside = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name != "peewee":
-            return  # the pool has its say too
+        if record.name != "peewee" or record.threadName == "llm_orm heart":
+            return  # the pool has its say too, and the heart looks in where a turn takes long
         sql = record.msg[0]
         if sql == "COMMIT":
             self.is_inside = False
