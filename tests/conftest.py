@@ -50,8 +50,9 @@ IN_EVERY_WAY = ("test_turn", "test_failure", "test_streams", "test_tools", "test
 """Where the four ways of asking are compared; elsewhere two of them are enough to try on the second database."""
 
 IN_TWO_WAYS = (
-    "test_agents test_attachments test_bad_input test_fluent test_history_edits test_persistence test_stats "
-    "test_structured_replies test_testing"
+    "test_agents test_approval test_attachments test_bad_input test_encryption test_fallbacks test_fluent test_halt "
+    "test_history_edits test_hooks test_middleware test_once test_persistence test_recovery test_security test_stats "
+    "test_structured test_structured_replies test_testing test_thinking"
 ).split()
 """Where what is tested is settled before the model is asked, or after: two ways, and one on the second database."""
 
