@@ -26,7 +26,18 @@ from .middleware import methods_of, stored
 from .records import LlmMessage, LlmToolCall, now
 from .rows import Rows
 from .statements import Sql
-from .stopped import age_of, calls_of, end, is_whole, mark_of, next_round, pending_message, taken
+from .stopped import (
+    FAILED,
+    age_of,
+    calls_of,
+    end,
+    is_whole,
+    mark_of,
+    next_round,
+    pending_message,
+    replaced_by,
+    taken,
+)
 from .usage import stats_of
 from .values import Attachment, Message, Reply, ToolCall, Usage, as_uuid
 
@@ -99,9 +110,6 @@ class Before:
     """The answer that was in the making when its process died."""
     left: UUID | None = None
     """The message, where the chat has gone on without an answer to it."""
-
-
-FAILED = ("failed", "incomplete")
 
 
 class Claim:
@@ -322,7 +330,7 @@ class Claim:
         ours = self.sql.update(self.store.records.message, alive, returning="id", **mark_of(message))
         # Read before anything is changed: a turn that was taken and could not be read would pass for one at work.
         unread = self.store.read(self.sql.messages_after(self.chat_id, self.position))
-        self._find_question(message.position)
+        self._find_question(message)
         try:
             if not self.store.transact(*begun, ours) and not self._is_taken():
                 return None
@@ -404,13 +412,10 @@ class Claim:
         tokens = (of.input_tokens or 0, of.output_tokens or 0, of.cached_tokens or 0)
         return Usage(*tokens, thinking_tokens=of.thinking_tokens or 0)
 
-    def _find_question(self, position: int) -> None:
-        rows = self.rows
-        before = self.store.read(self.sql.message_at(self.chat_id, position - 1))
-        rows.replaces = None
-        if before and before[0][1] == "assistant" and before[0][2] in FAILED:
-            rows.replaces = (as_uuid(before[0][0]), position - 1)
-        question = self.store.read(self.sql.turn_of(self.chat_id, position))
+    def _find_question(self, message: LlmMessage) -> None:
+        rows, replaced = self.rows, replaced_by(self.store, message)
+        rows.replaces = None if replaced is None else (replaced, message.position - 1)
+        question = self.store.read(self.sql.turn_of(self.chat_id, message.position))
         if question:
             rows.turn_id = as_uuid(question[0][0])
 

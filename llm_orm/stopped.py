@@ -9,6 +9,9 @@ from .statements import DIED, Sql
 from .store import Store
 from .values import as_uuid
 
+FAILED = ("failed", "incomplete")
+"""The status of an answer that was kept, and may be asked for again."""
+
 TOKENS = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "thinking_tokens")
 
 
@@ -74,9 +77,8 @@ def taken(store: Store, message: LlmMessage, calls: list[LlmToolCall], stores_re
     """Statements that begin the transaction which takes a turn that stopped: from here on nobody else does; and a call
     that may have been under way is on record."""
     sql, mark = store.statements, mark_of(message)
-    name = next(name for name in mark if name.endswith("_at"))
     # The first changes nothing, and makes whoever else would take the turn wait until it is seen to be taken.
-    locked = sql.update(store.records.message, {name: mark[name]}, **mark)
+    locked = sql.update(store.records.message, {"status": "pending"}, **mark)
     if not stores_requests or not was_calling(message, calls):
         return [locked]
     return [locked, _died(store, message, calls, mark)]
@@ -129,7 +131,7 @@ def end(
     statements = taken(store, message, calls, stores_requests)
     if kept is not None:
         statements += _kept_arguments(store, calls, kept, mark)
-    replaced = _replaced_by(store, message)
+    replaced = replaced_by(store, message)
     said = bool(message.content or rounds_of(message))
     is_kept = is_partial(message) or (keep and (said or replaced is None))
     is_answered = is_whole(message) and not is_sent_back(message)
@@ -149,10 +151,10 @@ def end(
     return outcome if store.transact(*statements) else None
 
 
-def _replaced_by(store: Store, message: LlmMessage) -> UUID | None:
+def replaced_by(store: Store, message: LlmMessage) -> UUID | None:
     """The failed answer in whose place this one was to come."""
     before = store.read(store.statements.message_at(message.chat_id, message.position - 1))
-    failed = before and before[0][1] == "assistant" and before[0][2] in ("failed", "incomplete")
+    failed = before and before[0][1] == "assistant" and before[0][2] in FAILED
     return as_uuid(before[0][0]) if failed else None
 
 

@@ -1,7 +1,7 @@
 """connect(url) → Store: a database with the right settings, and the records in it.
 
-The only file that talks to the database driver: connections are borrowed and given back here, and the driver's errors
-become ours here.
+The only file that talks to the database driver: connections are borrowed and given back here, and what is likely to
+pass is waited for here. What the driver's errors mean is in `driver.py`.
 """
 
 import asyncio
@@ -26,19 +26,17 @@ from .database import (
     application_database,
     default_url,
     described,
-    hide_password,
     is_lost_when_closed,
     open_connection,
     open_url,
-    without_password,
 )
+from .driver import may_pass, translated
 from .encryption import Cipher, Keys
 from .errors import (
     DatabaseUnavailable,
     InsideTransaction,
     InvalidDatabase,
     InvalidValue,
-    LlmOrmError,
     StoreClosed,
     TablesMissing,
     UnknownKeyword,
@@ -180,13 +178,13 @@ class Store:
                     if opened:
                         database.close()
         except (pw.PeeweeException, MaxConnectionsExceeded) as error:
-            ours = self._translated(error)
+            ours = translated(error, self.database)
             if ours is None:
                 raise
             if isinstance(ours, DatabaseUnavailable):
                 ours.nothing_was_sent = not is_open
                 # Where it was never reached, it is more likely that its name is wrong.
-                ours.may_pass = _may_pass(error) and (is_open or self._was_reached)
+                ours.may_pass = may_pass(error) and (is_open or self._was_reached)
             raise ours from error
 
     def _close_for_good(self) -> None:
@@ -395,25 +393,6 @@ class Store:
     def _cancelled(self, message_ids: list[Any]) -> list[Any]:
         return [as_uuid(row[0]) for row in self.read(self.statements.cancelled(message_ids))]
 
-    def _translated(self, error: Exception) -> LlmOrmError | None:
-        text = without_password(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        if isinstance(error, MaxConnectionsExceeded):
-            return DatabaseUnavailable(
-                f"no connection of {described(self.database)} became free: all {self.database._max_connections} are in "  # type: ignore[attr-defined]
-                "use; give connect(…, pool_size=, pool_timeout=) more, or close connections that you opened"
-            )
-        if isinstance(error, (pw.OperationalError, pw.ProgrammingError)) and _is_missing(error, text):
-            return TablesMissing(f'{described(self.database)}: {text}; run "llm-orm migrate" or store.create_tables()')
-        if _UNSTORABLE.search(text):
-            return InvalidValue(f"a value cannot be stored in {described(self.database)}: {text}")
-        of_databases = (pw.OperationalError, pw.InterfaceError, pw.InternalError)  # the last: it is read-only
-        if isinstance(error, of_databases) or _is_lost(error):
-            return DatabaseUnavailable(f"{described(self.database)} did not answer: {text}")
-        if _NO_DATABASE.search(text):
-            hide_password(error)
-            return InvalidDatabase(f"{described(self.database)} cannot be opened: {text}")
-        return None
-
 
 PAUSES_S = (0.0, 0.1, 0.4, 1.0)
 """How long is waited for a database that is not there before it is tried again, one time after the other."""
@@ -457,41 +436,6 @@ class _Users:
 
 _connections_of_parents: list[Any] = []
 """Kept, for what nothing refers to is closed."""
-
-_MISSING = re.compile(r"no such (table|column)|has no column named")
-_MISSING_CODES = ("42P01", "42703", "3F000")
-"""PostgreSQL's for a table, a column, a schema; its texts are in the language of the server."""
-
-_UNSTORABLE = re.compile(r"can't adapt type|[Ee]rror binding parameter")
-_NO_DATABASE = re.compile(r"file is not a database|^invalid dsn")
-
-
-_PASSING_CODES = ("40001", "40P01", "57P01", "57P02", "57P03")
-"""PostgreSQL's for a serialization failure, a deadlock, and a server that shuts down, has crashed or is starting."""
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether what went wrong is likely to pass: the server took the transaction back, or the connection was lost."""
-    if _is_lost(error):
-        return True
-    original = _original(error)
-    if not isinstance(error, (pw.OperationalError, pw.InterfaceError)) or not hasattr(original, "pgcode"):
-        return False  # SQLite has waited for others already
-    return original.pgcode is None or original.pgcode in _PASSING_CODES
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether psycopg2 says of a connection that it broke by nothing but a plain DatabaseError, as it does at times."""
-    return type(error) is pw.DatabaseError and getattr(_original(error), "pgcode", "") is None
-
-
-def _original(error: Exception) -> Any:
-    return getattr(error, "orig", None) or error.__cause__ or error.__context__
-
-
-def _is_missing(error: pw.PeeweeException, text: str) -> bool:
-    code = getattr(getattr(error, "orig", None), "pgcode", None)
-    return code in _MISSING_CODES or bool(_MISSING.search(text))
 
 
 def connect(

@@ -274,3 +274,18 @@ def test_two_retries_at_one_moment_answer_once(store, key):
     else:
         assert one.ask("Hi", key=key).content == "Other."
     assert [row[:3] for row in messages(store)] == [("user", "completed", "Hi"), ("assistant", "completed", "Other.")]
+
+
+def test_a_retry_whose_place_was_taken_meanwhile_keeps_the_one_that_it_has(store):
+    def model(_):
+        with store.connection():
+            message = store.records.message
+            message.delete().where(message.status == "failed").execute()
+            message.create(chat=chat.id, position=1, role="assistant", content="Other.")
+        return "One."
+
+    chat = chat_with(store, ProviderError(400), model, on_error="keep")
+    with pytest.raises(ProviderError):
+        chat.ask("Hi")
+    assert chat.retry().content == "One."
+    assert rows(store, "message", "position", "content") == [(0, "Hi"), (1, "Other."), (2, "One.")]
