@@ -25,9 +25,9 @@ from .records import LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
 from .retention import Erased, erase_chat
 from .rows import Rows
 from .store import Store
+from .sums import stats_of
 from .transcript import Transcript
 from .turn import Turn
-from .usage import stats_of
 from .values import Chunk, Message, Stats
 
 

@@ -38,7 +38,7 @@ from .stopped import (
     replaced_by,
     taken,
 )
-from .usage import stats_of
+from .sums import stats_of
 from .values import Attachment, Message, Reply, ToolCall, Usage, as_uuid
 
 log = logging.getLogger("llm_orm")

@@ -1,8 +1,6 @@
 """What is not kept: the contents of chats that are erased, and chats that nobody has used for long."""
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,8 +9,8 @@ from uuid import UUID
 
 import peewee as pw
 
-from .checks import as_key, check_keywords, check_storable, clear_about
 from .errors import ChatBusy, ChatGone, InvalidValue, UnknownKeyword
+from .filters import Where, chat_conditions
 from .heart import BEAT_EVERY_S
 from .options import Options
 from .records import LlmMessage, now
@@ -26,12 +24,6 @@ STALE_AFTER_S = Options().stale_after
 
 CHECKPOINT_WAIT_MS = 2000
 """How long readers of SQLite are waited for; writers wait meanwhile."""
-
-NAMED = ("id", "model", "provider")
-"""What chats may be looked for by, besides the application's columns and "metadata.key"."""
-
-Where = Mapping[str, Any]
-"""{"user_id": "u_1", "id": [one, another], "metadata.plan": "free"}: all of them hold; of several values, one does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +80,7 @@ def erase(
     leaves each chat whole or erased. Raises `InvalidValue` and `UnknownKeyword` before anything is written.
     """
     store = as_store(store)
-    conditions = _conditions(store, "erase()", where)
+    conditions = chat_conditions(store, "erase()", where)
     emptied = _own_columns(store, "erase()", columns)
     if dry_run:
         at_work = _has_turn(store, alive=True)
@@ -146,7 +138,7 @@ def prune(
     """
     store = as_store(store)
     before = _moment(older_than)
-    conditions = _conditions(store, "prune()", where) if where is not None else []
+    conditions = chat_conditions(store, "prune()", where) if where is not None else []
     conditions += _unused_since(store, before)
     takes_orphans = not keep_requests and where is None
     takes_orphans = takes_orphans and store.has_table(store.records.request)
@@ -183,64 +175,6 @@ async def aprune(
 
 
 # Which chats
-
-
-def _conditions(store: Store, call: str, where: Any) -> list[Any]:
-    """What is true of the chats that are meant; every name and value is looked at before anything is read."""
-    if not isinstance(where, Mapping) or not where:
-        raise InvalidValue(f'{call} needs to be told which chats: where={{"user_id": "u_1"}}, not {where!r}')
-    own, record = store.chat_columns, store.records.chat
-    if not all(isinstance(name, str) for name in where):
-        raise InvalidValue(f"{call}: where has names that are no strings: {where!r}")
-    plain = {name: value for name, value in where.items() if not name.startswith("metadata.")}
-    check_keywords(call, plain, (*NAMED, "metadata.<key>", *own), columns=own)
-    conditions: list[Any] = []
-    for name, given in where.items():
-        values = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
-        for value in (name, *values):
-            if isinstance(value, str):
-                check_storable(f"where={name!r}", value)
-        if not values:
-            raise InvalidValue(f"{call}: where={name!r} has no value")
-        if name.startswith("metadata."):
-            alternatives = [_metadata_is(store, name, name.partition(".")[2], value) for value in values]
-        elif name == "id":
-            alternatives = [record.id.in_([_chat_id(value) for value in values])]
-        else:
-            field, known = getattr(record, name), [value for value in values if value is not None]
-            alternatives = [field.in_(known)] if known else []
-            alternatives += [field.is_null()] if len(known) < len(values) else []
-        conditions.append(_any_of(alternatives))
-    with clear_about(call, {name: value for name, value in where.items() if name in own}), store.connection():
-        list(record.select(record.id).where(*conditions).limit(0))  # what no database can compare is refused here
-    return conditions
-
-
-def _any_of(conditions: Sequence[Any]) -> Any:
-    """One of them: as a tree, for a chain of hundreds is too deep for Python, and for SQLite."""
-    middle = len(conditions) // 2
-    return (_any_of(conditions[:middle]) | _any_of(conditions[middle:])) if middle else conditions[0]
-
-
-def _chat_id(given: Any) -> UUID:
-    key = as_key(given)
-    if key is None:
-        raise InvalidValue(f"{given!r} is not the id of a chat")
-    return key
-
-
-def _metadata_is(store: Store, name: str, key: str, value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number or isinstance(value, str | bool)):
-        raise InvalidValue(f"where={name!r} is {value!r}: metadata is compared with a text, a number or a bool")
-    if not store.is_sqlite:
-        return pw.SQL('("metadata" -> %s) = %s::jsonb', (key, json.dumps(value)))
-    kinds = "'integer', 'real'" if is_number else "'text'" if isinstance(value, str) else "'true', 'false'"
-    return pw.SQL(
-        'EXISTS (SELECT 1 FROM json_each(CASE WHEN json_valid("metadata") THEN "metadata" ELSE \'{}\' END) AS entry '
-        f"WHERE entry.key = ? AND entry.type IN ({kinds}) AND entry.value = ?)",
-        (key, value),
-    )
 
 
 def _own_columns(store: Store, call: str, columns: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from .options import Setting
 from .records import LlmMessage, now, uuid7
 from .statements import NEVER_RUN, Sql
 from .store import Store
-from .usage import stats_of
+from .sums import stats_of
 from .values import (
     MOST_TOKENS,
     Answer,

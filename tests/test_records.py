@@ -254,7 +254,7 @@ def test_deleting_a_message_keeps_its_tool_calls_and_requests(store: Store) -> N
 
 
 def test_what_a_deleted_chat_cost_still_counts(store: Store) -> None:
-    from llm_orm.usage import stats_of
+    from llm_orm.sums import stats_of
 
     llm = ScriptedLLM("Hello!", input_cost_per_token="0.001", output_cost_per_token="0.002")
     chat = create_chat(store, model="test", llm=llm)

@@ -434,7 +434,11 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ({}, InvalidValue, "needs to be told which chats: where="),
     ("user_id", InvalidValue, "needs to be told which chats"),
     ({"userid": "u_1"}, UnknownKeyword, r"does not know 'userid'; .*did you mean 'user_id'"),
-    ({"user_id": "u_1", "nope": 1}, UnknownKeyword, r"it takes id, model, provider, metadata\.<key>; columns of"),
+    (
+        {"user_id": "u_1", "nope": 1},
+        UnknownKeyword,
+        r"it takes id, model, provider, agent_class, metadata\.<key>; columns of",
+    ),
     ({"metadata": "x"}, UnknownKeyword, "does not know 'metadata'"),
     ({"instructions": "x"}, UnknownKeyword, "does not know 'instructions'"),
     ({7: "x"}, InvalidValue, "names that are no strings"),

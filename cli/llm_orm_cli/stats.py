@@ -21,7 +21,7 @@ def stats(chat_id: str | None, as_json: bool, **database: Any) -> None:
     unpriced requests; duration is the time spent waiting for models.
     """
     from llm_orm import load_chat
-    from llm_orm.usage import stats_of
+    from llm_orm.sums import stats_of
 
     with opened(**database) as store:
         if chat_id is None:
