@@ -1,11 +1,14 @@
 """Chats, messages, tool calls and their costs, persisted around every call of a model."""
 
 from .agent import Agent, define_agent
+from .budgets import Budget, BudgetStatus
 from .chat import AsyncStream, Chat, Stream
+from .chronicle import Chronicle, ModelCall, ToolRun, Turn, TurnFile, TurnMessage, achronicle, chronicle
 from .errors import (
     AgentMismatch,
     AsyncTool,
     AwaitsApproval,
+    BudgetExceeded,
     ChatBusy,
     ChatGone,
     CorrectionsExceeded,
@@ -37,7 +40,10 @@ from .errors import (
     WrongKey,
     WrongSetup,
 )
+from .export import Exported, aexport, export, export_lines
 from .gateway import LLM, register_price
+from .importing import Imported, Skipped, aimport_chats, import_chats
+from .listing import ChatLine, RequestLine, achats, arequests, chats, requests
 from .loading import acreate_chat, aload_chat, create_chat, load_chat
 from .middleware import CostGuard, Middleware, PIIMask, SchemaSelfCorrection, UsageLogger
 from .options import Options
@@ -45,6 +51,7 @@ from .records import LlmAgentSession, LlmAttachment, LlmChat, LlmMessage, LlmReq
 from .recovery import Recovered, recover
 from .retention import Erased, Pruned, aerase, aprune, erase, prune
 from .rotation import Rotated
+from .search import Found, asearch, search
 from .session import (
     AgentSession,
     acreate_agent_session,
@@ -53,8 +60,10 @@ from .session import (
     load_agent_session,
 )
 from .soundness import Finding, acheck, check
+from .spending import abudget_status, budget_status
 from .store import Store, connect
 from .tools import Tool, ToolContext, tool
+from .usage import UsageRow, ausage, usage
 from .values import (
     CONTINUE,
     REPLACE,
@@ -86,9 +95,14 @@ __all__ = [
     "AsyncTool",
     "Attachment",
     "AwaitsApproval",
+    "Budget",
+    "BudgetExceeded",
+    "BudgetStatus",
     "Chat",
     "ChatBusy",
     "ChatGone",
+    "ChatLine",
+    "Chronicle",
     "Chunk",
     "CorrectionsExceeded",
     "CostGuard",
@@ -96,9 +110,12 @@ __all__ = [
     "DatabaseUnavailable",
     "EmptyMessage",
     "Erased",
+    "Exported",
     "Fallbacks",
     "Finding",
+    "Found",
     "Halt",
+    "Imported",
     "InsideTransaction",
     "InvalidDatabase",
     "InvalidFile",
@@ -112,6 +129,7 @@ __all__ = [
     "LlmRequest",
     "LlmToolCall",
     "Middleware",
+    "ModelCall",
     "NoModel",
     "NothingToResume",
     "NothingToRetry",
@@ -121,9 +139,11 @@ __all__ = [
     "Recovered",
     "Reply",
     "ReplyNotSaved",
+    "RequestLine",
     "Retries",
     "Rotated",
     "SchemaSelfCorrection",
+    "Skipped",
     "Stats",
     "StoppedByMiddleware",
     "Store",
@@ -136,35 +156,57 @@ __all__ = [
     "ToolError",
     "ToolOutcome",
     "ToolRoundsExceeded",
+    "ToolRun",
     "TryAgain",
+    "Turn",
     "TurnCancelled",
     "TurnContext",
     "TurnFailed",
+    "TurnFile",
+    "TurnMessage",
     "UnknownKeyword",
     "UnknownModel",
     "UnreadableReply",
     "Usage",
     "UsageLogger",
+    "UsageRow",
     "WrongCall",
     "WrongKey",
     "WrongSetup",
+    "abudget_status",
+    "achats",
     "acheck",
+    "achronicle",
     "acreate_agent_session",
     "acreate_chat",
     "aerase",
+    "aexport",
+    "aimport_chats",
     "aload_agent_session",
     "aload_chat",
     "aprune",
+    "arequests",
+    "asearch",
+    "ausage",
+    "budget_status",
+    "chats",
     "check",
+    "chronicle",
     "connect",
     "create_agent_session",
     "create_chat",
     "define_agent",
     "erase",
+    "export",
+    "export_lines",
+    "import_chats",
     "load_agent_session",
     "load_chat",
     "prune",
     "recover",
     "register_price",
+    "requests",
+    "search",
     "tool",
+    "usage",
 ]

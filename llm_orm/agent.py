@@ -50,6 +50,7 @@ class Agent:
     tool_choice: Any
     fallbacks: Any
     middlewares: Any
+    budgets: Any
     params: Any
     headers: Any
     request_timeout: Any

@@ -12,6 +12,7 @@ import peewee as pw
 from . import gateway
 from .approval import approve, cancel, deny, pending_approvals
 from .attachments import attachments_of, check_taken, reworded
+from .budgets import check_against
 from .checks import OF_ONE_TURN, OVERRIDES, as_key, check_keywords, check_overrides, check_request_key, said_text
 from .claim import Said, Start, Unanswered, Unfinished
 from .config import Config, Configurable
@@ -24,6 +25,7 @@ from .play import Outcome, aplay, play
 from .records import LlmAttachment, LlmChat, LlmMessage, LlmRequest, LlmToolCall
 from .retention import Erased, erase_chat
 from .rows import Rows
+from .spending import Meter
 from .store import Store
 from .sums import stats_of
 from .transcript import Transcript
@@ -434,6 +436,8 @@ class Chat(Configurable):
             raise InvalidValue(
                 'context.spent sums up request rows, and this chat writes none: persistence={"requests": False}'
             )
+        if setting.meter is not None and not setting.options.stores_requests:
+            raise InvalidValue('budgets sum up request rows; this chat writes none: persistence={"requests": False}')
         choice = setting.options.tool_choice
         known = ("required", *toolbox.by_name) if toolbox.by_name else ()
         if choice not in (None, "auto", "none", *known):
@@ -451,10 +455,12 @@ class Chat(Configurable):
         if options.get("model", "") is None:
             raise InvalidValue("model=None: name a model, or leave it out for the chat's own")
         config = config.with_overrides({name: options[name] for name in OVERRIDES if name in options})
-        before = config.options.middlewares
+        before, kept = config.options.middlewares, config.options.budgets
         config = config.with_options(**{name: value for name, value in options.items() if name in OF_ONE_TURN})
         if "middlewares" in options:  # a turn's own come after the chat's, whose mask or guard holds
             config = config.with_options(middlewares=(*before, *config.options.middlewares))
+        if "budgets" in options:  # nor can a turn do away with the chat's
+            config = config.with_options(budgets=(*kept, *config.options.budgets))
         chosen = config.options
         llm = chosen.llm if chosen.llm is not None else self.store.llm
         fallbacks = chosen.fallbacks.models or (gateway.fallbacks_of(llm, config.model) if config.model else ())
@@ -473,11 +479,19 @@ class Chat(Configurable):
             hooks=self._hooks,
             middlewares=chosen.all_middlewares((*self.store.middlewares, *self._middlewares)),
             llm=llm,
+            meter=self._meter(chosen),
             estimate=lambda candidate, messages: gateway.estimate(
                 llm, candidate.model, candidate.provider, messages, chosen.toolbox.schemas, chosen.max_tokens
             ),
             redact=lambda error: redact(error, gateway.secrets_in(llm, chosen.for_completion())),
+            agent=getattr(self, "agent_class", None),
         )
+
+    def _meter(self, options: Options) -> Meter | None:
+        if not self.store.budgets and not options.budgets:
+            return None
+        check_against(self.store.records.chat, options.budgets)
+        return Meter(self.store, self.chat_id, (*self.store.budgets, *options.budgets))
 
     def _options_for(self, options: Mapping[str, Any]) -> Options:
         known = {name: value for name, value in options.items() if name in OF_ONE_TURN}
@@ -499,6 +513,8 @@ def _check_nothing_is_async(setting: Setting) -> None:
     hooks = [(f"the hook {name}", function) for name, functions in setting.hooks.items() for function in functions]
     for name in METHODS:
         hooks += [(f"{name} of a middleware", method) for method in methods_of(setting.middlewares, name)]
+    if setting.meter is not None:
+        hooks += [("the on_warn of a budget", budget.on_warn) for budget in setting.meter.budgets]
     hooks += [(f"requires_approval of {made!r}", made.requires_approval) for made in toolbox.by_name.values()]
     for what, function in hooks:
         if inspect.iscoroutinefunction(function):

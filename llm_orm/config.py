@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from .budgets import Budget, check_against, check_budgets
 from .checks import check_overrides
 from .errors import InvalidValue
 from .options import Options
+from .store import Store
 from .values import Fallbacks
 
 
@@ -37,6 +39,7 @@ Change = Callable[[Config], Config]
 class Configurable(ABC):
     """The methods of a chat that say how it asks. None of it is stored; each holds from the next turn on."""
 
+    store: Store
     _changes: tuple[Change, ...] = ()
     _hooks: dict[str, tuple[Callable[..., Any], ...]]
 
@@ -170,6 +173,11 @@ class Configurable(ABC):
     def use(self, *middlewares: Any) -> Self:
         """Put middlewares around its calls, after those that are there."""
         return self._change(lambda c: c.with_options(middlewares=(*c.options.middlewares, *middlewares)))
+
+    def with_budgets(self, *budgets: Budget) -> Self:
+        """Add budgets: what may be spent; of this chat, unless they say `by`."""
+        check_against(self.store.records.chat, check_budgets(budgets))
+        return self._change(lambda c: c.with_options(budgets=(*c.options.budgets, *budgets)))
 
     # Hooks, called in the order in which they were added; none of them can keep a row from being written
 

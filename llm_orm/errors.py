@@ -26,6 +26,7 @@
         ├── CorrectionsExceeded   middlewares kept sending the model back
         ├── StoppedByMiddleware
         ├── CostLimitExceeded     a CostGuard stopped the turn before the call that would exceed its limit
+        ├── BudgetExceeded        a Budget is spent, until it resets; it says when
         ├── ReplyNotSaved         a paid reply could not be written; it is in .reply
         └── ChatGone              the chat was deleted
 
@@ -212,6 +213,33 @@ class CostLimitExceeded(TurnFailed):
         self.limit = limit
         self.spent = spent
         self.estimate = estimate
+
+
+class BudgetExceeded(TurnFailed):
+    """A budget is spent; the next call of the model was not made
+
+    budget         the `Budget`
+    who            whom it is about: {"user_id": "u_1"}; {} where it counts all
+    spent, limit   US dollars, as `Decimal`
+    resets_at      when the next period begins, an aware time; None: never
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        budget: Any = None,
+        who: Any = None,
+        spent: Any = None,
+        limit: Any = None,
+        resets_at: Any = None,
+    ):
+        super().__init__(message)
+        self.budget = budget
+        self.who = who
+        self.spent = spent
+        self.limit = limit
+        self.resets_at = resets_at
 
 
 class ReplyNotSaved(TurnFailed):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from typing import Any
 from uuid import UUID
-from zoneinfo import ZoneInfo
 
 import peewee as pw
 
@@ -125,16 +124,6 @@ def _any_of(conditions: Sequence[Any]) -> Any:
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def zone(tz: Any) -> tzinfo:
-    """The time zone of a name, "Europe/Berlin"; raises `InvalidValue`."""
-    if isinstance(tz, tzinfo):
-        return tz
-    try:
-        return UTC if tz == "UTC" else ZoneInfo(tz)
-    except (TypeError, ValueError, KeyError, OSError):  # ZoneInfoNotFoundError is a KeyError
-        raise InvalidValue(f'tz={tz!r} is not a time zone: write "UTC", "Europe/Berlin" or a tzinfo') from None
-
-
 def moment(name: str, given: Any, tz: tzinfo = UTC) -> datetime | None:
     """What `since` or `until` was given as, in UTC; None for None. Days are days of the time zone.
 
@@ -152,9 +141,10 @@ def moment(name: str, given: Any, tz: tzinfo = UTC) -> datetime | None:
             return (read if read.tzinfo else read.replace(tzinfo=tz)).astimezone(UTC)
         if isinstance(read, date):
             return datetime.combine(read, time.min, tz).astimezone(UTC)
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, InvalidValue):
-            raise
+    except InvalidValue:
+        raise
+    except (ValueError, OverflowError):
+        pass
     raise InvalidValue(
         f'{name}={given!r} is not a time: write "2026-11-01", "2026-11-01T12:00:00+01:00", "7d" or "24h"'
     )

@@ -320,7 +320,8 @@ class Call:
 
     def chunks(self) -> Generator[Chunk]:
         with self._client() as client:
-            response = self.llm.completion(**self._keywords(), **client)
+            with self.request.around():
+                response = self.llm.completion(**self._keywords(), **client)
             if not self.request.stream:
                 self._take(response)
                 return
@@ -341,7 +342,8 @@ class Call:
 
     async def achunks(self) -> AsyncGenerator[Chunk]:
         async with self._async_client() as client:
-            response = await self.llm.acompletion(**self._keywords(), **client)
+            with self.request.around():
+                response = await self.llm.acompletion(**self._keywords(), **client)
             if not self.request.stream:
                 self._take(response)
                 return
@@ -560,9 +562,10 @@ class Call:
             return self.received.usage or Usage()  # the provider refused, or was not reached
         text, said = self.received.everything_written(), self.received.usage or Usage()
         written = count_tokens(self.llm, self.model, text=text) if text else 0
+        messages, tools = self.request.messages, self.request.options.get("tools") or ()
         return replace(
             said,
-            input_tokens=said.input_tokens or count_tokens(self.llm, self.model, messages=self.request.messages),
+            input_tokens=said.input_tokens or count_tokens(self.llm, self.model, messages=messages, tools=tools),
             output_tokens=max(said.output_tokens, written),
             estimated=True,
         )

@@ -5,6 +5,7 @@ from uuid import UUID
 
 import peewee as pw
 
+from .budgets import check_against
 from .chat import Chat
 from .checks import (
     OVERRIDES,
@@ -35,6 +36,7 @@ def create_chat(store: Store | pw.Database | str | None = None, **keywords: Any)
     store = as_store(store)
     columns = columns_of(store, "create_chat()", keywords, (*STORED, *OPTIONS))
     options = options_of(keywords)
+    check_against(store.records.chat, options.budgets)
     stored = {name: keywords[name] for name in OVERRIDES if name in keywords}
     check_overrides(stored)
     stored["metadata"] = stored_metadata(keywords.get("metadata"))
@@ -55,6 +57,7 @@ def load_chat(store: Store | pw.Database | str | None, chat_id: UUID | str | Non
     overrides = {name: keywords[name] for name in OVERRIDES if name in keywords}
     check_overrides(overrides)
     options = options_of(keywords)
+    check_against(store.records.chat, options.budgets)
     found = find_chat(store, "load_chat()", as_key(chat_id), columns)
     return Chat(store, found, options, overrides) if found is not None else None
 

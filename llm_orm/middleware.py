@@ -4,13 +4,19 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from .errors import CostLimitExceeded, InvalidValue, check_spelling
 from .structured import SchemaMismatch
-from .values import RETRY, Directive, Message, Reply, ToolCall, ToolOutcome, TurnContext
+from .values import RETRY, Answer, Directive, Message, Reply, ToolCall, ToolOutcome, TurnContext
+
+log = logging.getLogger("llm_orm")
+
+LOOKS_ON = ("on_turn_start", "around_call", "on_answer", "around_tool", "on_outcome", "on_turn_end")
+"""Methods that have no say: they cost a turn no row, and what they raise is logged."""
 
 METHODS = (
     "on_request",
@@ -20,6 +26,7 @@ METHODS = (
     "on_tool_call_end",
     "on_tool_call_error",
     "stored_text",
+    *LOOKS_ON,
 )
 
 
@@ -31,6 +38,9 @@ class Middleware:
     all others in reverse; the first directive that is returned counts (`RETRY`, `REPLACE`, `CONTINUE`, `STOP`, or None
     to say nothing). They run around the hooks of the chat, in `ask` and in `ask_stream` alike, after what was paid for
     has been written: none can lose a row by raising.
+
+    Those from `on_turn_start` on look on, for traces and metrics: plain functions, called at once, also where a turn is
+    broken off. Nothing that they return or raise changes the turn; what they raise is logged.
 
     needs_spent    whether `context.spent` is to be read from the database before each call
     """
@@ -64,14 +74,33 @@ class Middleware:
         """What the database keeps of a text: of messages, and of tools' arguments and results."""
         return text
 
+    def on_turn_start(self, context: TurnContext) -> None:
+        """Before anything of the turn is read or written."""
+
+    def around_call(self, context: TurnContext) -> AbstractContextManager[Any] | None:
+        """What a request to a model is sent within, on the thread or task that sends it: each attempt of each round."""
+
+    def on_answer(self, context: TurnContext, answer: Answer) -> None:
+        """After each attempt, failed ones and those that were broken off too; what its row will say is settled."""
+
+    def around_tool(self, context: TurnContext, call: ToolCall) -> AbstractContextManager[Any] | None:
+        """What a tool call runs within, on its own thread or task."""
+
+    def on_outcome(self, context: TurnContext, outcome: ToolOutcome) -> None:
+        """After each run of a tool, once its result is written."""
+
+    def on_turn_end(self, context: TurnContext, ended: Any) -> None:
+        """Once the turn is over: with its message, or with the exception that ended it."""
+
 
 def check_middleware(given: Any) -> Any:
     """The middleware itself; raises `InvalidValue` where it has none of the methods of one."""
     if isinstance(given, type) or not any(callable(getattr(given, name, None)) for name in METHODS):
         made = f"; make it one: {given.__name__}()" if isinstance(given, type) else ""
         raise InvalidValue(f"{given!r} is not a middleware: it needs one of {', '.join(METHODS)}{made}")
-    if inspect.iscoroutinefunction(getattr(given, "stored_text", None)):
-        raise InvalidValue(f"the stored_text of {given!r} must be a plain function: rows are written in one go")
+    for name in ("stored_text", *LOOKS_ON):
+        if inspect.iscoroutinefunction(getattr(given, name, None)):
+            raise InvalidValue(f"the {name} of {given!r} must be a plain function: nothing can await it there")
     return given
 
 
@@ -89,6 +118,44 @@ def stored(masks: Iterable[Callable[[str], Any]], text: Any) -> Any:
         if not isinstance(text, str):
             raise InvalidValue(f"a stored_text must return a text, not {type(text).__name__}: {mask!r}")
     return text
+
+
+def tell(middlewares: tuple[Any, ...], name: str, *arguments: Any) -> None:
+    """Tell those who look on."""
+    for method in methods_of(middlewares, name):
+        with _on_its_own(method):
+            method(*arguments)
+
+
+@contextmanager
+def within(middlewares: tuple[Any, ...], name: str, *arguments: Any) -> Generator[None]:
+    """Run the block within what those who look on put around it; they cannot swallow what it raises."""
+    entered: list[tuple[Any, Any]] = []
+    for method in methods_of(middlewares, name):
+        with _on_its_own(method):
+            manager = method(*arguments)
+            if manager is not None:
+                manager.__enter__()
+                entered.append((method, manager))
+    raised: tuple[Any, Any, Any] = (None, None, None)
+    try:
+        yield
+    except BaseException as error:
+        raised = type(error), error, error.__traceback__
+        raise
+    finally:
+        for method, manager in reversed(entered):
+            with _on_its_own(method):
+                manager.__exit__(*raised)
+        del raised
+
+
+@contextmanager
+def _on_its_own(method: Any) -> Generator[None]:
+    try:
+        yield
+    except Exception as problem:
+        log.warning("%r looks on at a turn and failed, which changes nothing: %s", method, problem, exc_info=problem)
 
 
 class CostGuard(Middleware):
@@ -113,7 +180,7 @@ class CostGuard(Middleware):
             raise InvalidValue(f'the limit of a CostGuard is per "chat" or per "turn", not {per!r}')
         if on_exceeded is not None and (not callable(on_exceeded) or inspect.iscoroutinefunction(on_exceeded)):
             raise InvalidValue(f"the on_exceeded of a CostGuard must be a plain function, not {on_exceeded!r}")
-        self.limit = _dollars(limit)
+        self.limit = limit_in_dollars(limit, "a CostGuard")
         self.per = per
         self.on_exceeded = on_exceeded
         self.needs_spent = per == "chat"
@@ -122,9 +189,9 @@ class CostGuard(Middleware):
         spent, estimate = self._spent(context), context.estimate()
         if spent < self.limit if estimate is None else spent + estimate <= self.limit:
             return
-        price = "has no known price" if estimate is None else f"costs {_shown(estimate)} or more"
+        price = "has no known price" if estimate is None else f"costs {shown_dollars(estimate)} or more"
         error = CostLimitExceeded(
-            f"the {self.per} has cost {_shown(spent)} of its {_shown(self.limit)}, and the next call, of "
+            f"the {self.per} has cost {shown_dollars(spent)} of its {shown_dollars(self.limit)}, and the next call, of "
             f"{context.model!r}, {price}: it was not made. Raise the limit of the CostGuard, or start another "
             f"{self.per}",
             limit=self.limit,
@@ -143,11 +210,12 @@ class CostGuard(Middleware):
         return context.spent.cost
 
 
-def _shown(amount: Decimal) -> str:
+def shown_dollars(amount: Decimal) -> str:
     return f"${amount.normalize():f}"
 
 
-def _dollars(given: Any) -> Decimal:
+def limit_in_dollars(given: Any, whose: str) -> Decimal:
+    """A limit as it may be given; raises `InvalidValue`."""
     try:
         if isinstance(given, bool) or not isinstance(given, str | Decimal | int):
             raise InvalidOperation
@@ -156,7 +224,7 @@ def _dollars(given: Any) -> Decimal:
             raise InvalidOperation
     except InvalidOperation:
         raise InvalidValue(
-            f'the limit of a CostGuard must be US dollars, over 0, as a string, Decimal or int: "2.50", not {given!r}'
+            f'the limit of {whose} must be US dollars, over 0, as a string, Decimal or int: "2.50", not {given!r}'
         ) from None
     return amount
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict
 from uuid import UUID
 
 from .attachments import MAX_FILE_BYTES
+from .budgets import of_a_chat
 from .errors import InvalidValue
 from .middleware import SchemaSelfCorrection, check_middleware
 from .structured import Schema
@@ -34,6 +35,8 @@ class Options:
     tool_choice       "auto", "none", "required", or the name of a tool; a forced choice holds until tools have run
     fallbacks         the models that are called where one fails: names, or a `Fallbacks`
     middlewares       `Middleware` objects, which come after those of the store; of one turn: after those of the chat
+    budgets           `Budget` objects: what may be spent; of this chat, unless they say `by`. They come after those of
+                      the store; of one turn: after those of the chat
     params            further keywords for litellm's completion()
     headers           extra HTTP headers
     request_timeout   seconds that one call of the model may take
@@ -63,6 +66,7 @@ class Options:
     tool_choice: str | None = None
     fallbacks: Any = ()
     middlewares: Any = ()
+    budgets: Any = ()
     params: Mapping[str, Any] = field(default_factory=dict, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     request_timeout: float | None = None
@@ -120,6 +124,7 @@ class Options:
         _check("fallbacks", self.fallbacks.on, "are tried on exception classes or their names", _is_errors)
         _check("middlewares", self.middlewares, "must be a list of middlewares", _is_sequence)
         object.__setattr__(self, "middlewares", tuple(map(check_middleware, self.middlewares or ())))
+        object.__setattr__(self, "budgets", of_a_chat(self.budgets or ()) if self.budgets != () else ())
         _check("store_files", self.store_files, "must be True or False", lambda v: isinstance(v, bool))
         _check("max_file_bytes", self.max_file_bytes, "must be 1 or more", lambda v: _is_count(v) and v > 0)
         if self.schema is not None:
@@ -202,10 +207,14 @@ class Setting:
     hooks: Hooks
     middlewares: tuple[Any, ...]
     llm: Any
+    meter: Any = None
+    """The budgets that the turn has to keep, as a `spending.Meter`; None where there are none."""
     estimate: Callable[[Candidate, list[Message]], Any] = lambda candidate, messages: None
     """US dollars that a call would cost at the least; None where the model has no known price."""
     redact: Callable[[BaseException], None] = lambda error: None
     """Takes the keys of the chat out of the texts of an error."""
+    agent: str | None = None
+    """The name that an agent's session is stored under."""
 
 
 class TurnOptions(TypedDict, total=False):
@@ -227,6 +236,7 @@ class TurnOptions(TypedDict, total=False):
     tool_choice: str | None
     fallbacks: Any
     middlewares: Any
+    budgets: Any
     params: Mapping[str, Any]
     headers: Mapping[str, str]
     request_timeout: float | None

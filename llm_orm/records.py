@@ -19,6 +19,7 @@ import peewee as pw
 
 from .encryption import MARKED, Cipher, is_token
 from .errors import InvalidValue, WrongKey
+from .words import SEARCHED, vector
 
 T = TypeVar("T")
 
@@ -232,7 +233,7 @@ class LlmChat(Record):
     created_at: Column[datetime] = column(TimeField(default=now))
     updated_at: Column[datetime] = column(TimeField(default=now))
 
-    indexes = (("created_at",),)
+    indexes = (("created_at",), ("updated_at",))
 
 
 class LlmMessage(Record):
@@ -380,7 +381,7 @@ class LlmRequest(Record):
     created_at: Column[datetime] = column(TimeField(default=now))
 
     checks = (one_of("source", ("chat", "response", "run")),)
-    indexes = (("chat", "created_at"), ("created_at",))
+    indexes = (("chat", "created_at"), ("created_at",), ("turn_id",))
 
 
 class LlmAgentSession(Record):
@@ -434,6 +435,11 @@ class Records:
 
     def __iter__(self):
         return (getattr(self, field.name) for field in fields(self))
+
+    @property
+    def table_names(self) -> dict[str, str]:
+        """{"chat": "llm_chat", …} as these records have them."""
+        return {name: getattr(self, name)._meta.table_name for name in BASES}
 
 
 BASES: dict[str, type[Record]] = {
@@ -517,4 +523,8 @@ def _tied(own: type[Record], database: pw.Database | None, table: str, columns: 
         # What makes a chat take one turn at a time, across threads and processes.
         pending = f"{table}_one_pending"
         record.add_index(record.chat, unique=True, where=pw.SQL("status = 'pending'"), name=pending)
+    searched = next((SEARCHED[name] for name in SEARCHED if issubclass(own, BASES[name])), None)
+    if searched and isinstance(database, pw.PostgresqlDatabase):
+        words, where = pw.SQL(vector(f'"{searched.column}"')), pw.SQL(searched.said())
+        record._meta.indexes.append(pw.ModelIndex(record, [words], using="GIN", where=where, name=f"{table}_search"))
     return record

@@ -16,11 +16,16 @@ from .options import Options
 from .records import LlmMessage, now
 from .stopped import age_of, end
 from .store import Store, as_store
+from .views import stem_of
+from .words import search_table
 
 AT_ONCE = 50
 """How many chats go in one transaction."""
 
 STALE_AFTER_S = Options().stale_after
+
+WORDS_AT_ONCE = 1000
+"""How many pages of the words of the search are written in one transaction."""
 
 CHECKPOINT_WAIT_MS = 2000
 """How long readers of SQLite are waited for; writers wait meanwhile."""
@@ -378,9 +383,25 @@ def _overwriting(store: Store) -> Iterator[_Log]:
         _pragma(store, "secure_delete = 1")
         try:
             yield log
+            _forget_words(store)
         finally:
             _pragma(store, f"secure_delete = {before}")
         log.is_kept = not _checkpoint(store)
+
+
+def _forget_words(store: Store) -> None:
+    """Write the words that search knows anew, without those of what was deleted: until then they are only marked."""
+    table = search_table(stem_of(store.records.table_names))
+    database = store.database
+    if not database.execute_sql("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+        return
+    pages, merge = -WORDS_AT_ONCE, f'INSERT INTO "{table}" ("{table}", rank) VALUES (\'merge\', ?)'
+    while True:
+        before = database.connection().total_changes
+        database.execute_sql(merge, (pages,))
+        if database.connection().total_changes - before < 2:
+            return
+        pages = WORDS_AT_ONCE
 
 
 def _checkpoint(store: Store) -> bool:

@@ -55,6 +55,7 @@ class Attempt:
     number: int
     """1 for the first try of a round."""
     correction_rounds: int | None
+    ended_at: datetime = field(default_factory=now)
 
 
 @dataclass
@@ -446,7 +447,7 @@ class Rows:
                 "cost": reply.cost,
                 "correction_rounds": attempt.correction_rounds,
                 "provider_request_id": reply.provider_request_id,
-                "created_at": now(),
+                "created_at": attempt.ended_at,
             },
         )
 

@@ -12,6 +12,7 @@ import peewee as pw
 
 from .agent import OF_THE_CLASS, Agent, check_agent
 from .behaviour import Behaviour
+from .budgets import check_against
 from .chat import Chat
 from .checks import OVERRIDES, as_key, check_overrides, clear_about, columns_of, stored_metadata
 from .config import Config
@@ -287,4 +288,6 @@ def _understood(
             )
     columns = columns_of(store, call, keywords, known, besides=(named,))
     ours = {name: value for name, value in keywords.items() if name in OF_THE_PROCESS}
-    return columns, Behaviour(agent_class, ours)
+    behaviour = Behaviour(agent_class, ours)
+    check_against(store.records.chat, behaviour.base.options.budgets)
+    return columns, behaviour

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import peewee as pw
 from playhouse.pool import MaxConnectionsExceeded
 
+from .budgets import Budget, check_against, check_budgets
 from .database import (
     application_database,
     default_url,
@@ -48,6 +49,7 @@ from .records import BASES, Record, Records, default_table_names, records_for
 from .rotation import Rotated, rotate
 from .statements import Sql, Statements
 from .values import as_uuid
+from .views import create_objects, drop_objects
 
 T = TypeVar("T")
 
@@ -61,6 +63,7 @@ class Store:
     records     the record classes tied to it: .chat, .message, .tool_call, .request, .agent_session, .attachment
     llm         what chats call models with, unless they say otherwise; None for litellm
     middlewares what is put around every call of its chats, before their own
+    budgets     what all its chats may spend, or each of them
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Store:
         *,
         llm: Any = None,
         middlewares: Iterable[Any] = (),
+        budgets: Iterable[Budget] = (),
         threads: int = 10,
         is_ours: bool = False,
     ):
@@ -77,6 +81,8 @@ class Store:
         self.records = records
         self.llm = llm
         self.middlewares = tuple(map(check_middleware, middlewares))
+        self.budgets = check_budgets(budgets)
+        check_against(records.chat, self.budgets)
         self.statements = Statements(records, database)
         self.heart = Heart(self._beat, self._cancelled)
         self.is_sqlite = isinstance(database, pw.SqliteDatabase)
@@ -101,13 +107,18 @@ class Store:
     # The shape of the database
 
     def create_tables(self) -> None:
-        """Create the tables that are not there yet. For small apps and tests; production runs "llm-orm migrate"."""
+        """Create the tables that are not there yet, and what is made of them: views, and what search looks into.
+
+        For small apps and tests; production runs "llm-orm migrate".
+        """
         with self.connection(), self.database.atomic():
             self.database.create_tables(list(self.records))
+            create_objects(self.database, self.records.table_names)
 
     def drop_tables(self) -> None:
         """Drop the tables with everything in them."""
         with self.connection(), self.database.atomic():
+            drop_objects(self.database, self.records.table_names)
             self.database.drop_tables(list(self.records))
 
     def has_table(self, record: type[Record]) -> bool:
@@ -447,6 +458,7 @@ def connect(
     models: Mapping[str, type[Record]] | list[type[Record]] | None = None,
     llm: Any = None,
     middlewares: Iterable[Any] = (),
+    budgets: Iterable[Budget] = (),
     pool_size: int = 10,
     pool_timeout: float = 30.0,
     pragmas: Mapping[str, Any] | None = None,
@@ -464,6 +476,7 @@ def connect(
     models         the application's own subclasses of the records, as `llm-orm init --models` writes them
     llm            what to call models with: anything with completion() and acompletion(); default litellm
     middlewares    what is put around every call of its chats: `Middleware` objects
+    budgets        what may be spent: `Budget` objects
     pool_size      connections at the most
     pool_timeout   seconds to wait for one of them; 0: not at all
     pragmas        of SQLite, over ours: {"synchronous": "normal"}
@@ -492,7 +505,7 @@ def connect(
     else:
         opened = application_database(database)
     records = records_for(opened, names, chat_fields, bases, cipher)
-    return Store(opened, records, llm=llm, middlewares=middlewares, threads=pool_size, is_ours=is_ours)
+    return Store(opened, records, llm=llm, middlewares=middlewares, budgets=budgets, threads=pool_size, is_ours=is_ours)
 
 
 _stores: dict[str | pw.Database, Store] = {}

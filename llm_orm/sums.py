@@ -29,7 +29,7 @@ def stats_of(
         total(request.cached_tokens),
         total(request.cache_write_tokens),
         total(request.thinking_tokens),
-        total(_summable(store, request.cost)).coerce(False),
+        total(summable(store, request.cost)).coerce(False),
         fn.COUNT(request.id),
         total(pw.Case(None, [(request.error.is_null(False), 1)], 0)),
         total(pw.Case(None, [(request.cost.is_null(), 1)], 0)),
@@ -43,16 +43,24 @@ def stats_of(
     store.pay()
     row = store.found(query.tuples())[0]
     counts = [value if index == 6 else int(value) for index, value in enumerate(row)]
-    return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": _dollars(store, row[6])})
+    return Stats(**{**dict(zip(Stats.__slots__, counts, strict=True)), "cost": dollars(store, row[6])})
 
 
 PLACES = -MoneyField.places.adjusted()
 
 
-def _summable(store: Store, cost: pw.Field) -> Any:
+def summable(store: Store, cost: pw.Field) -> Any:
     # SQLite adds doubles up, with an error that grows with the rows; whole numbers of the last place add up exactly.
     return pw.fn.ROUND(cost * pw.Value(10**PLACES, converter=False)).cast("INTEGER") if store.is_sqlite else cost
 
 
-def _dollars(store: Store, total: Any) -> Decimal:
+def summed(store: Store, cost: str) -> str:
+    """The SQL that adds costs up exactly; `dollars` reads what comes of it."""
+    return f"SUM(CAST(ROUND({cost} * {10**PLACES}) AS INTEGER))" if store.is_sqlite else f"SUM({cost})"
+
+
+def dollars(store: Store, total: Any) -> Decimal:
+    """What a sum of costs comes to; 0 for that of none."""
+    if total is None:
+        return Decimal(0)
     return money(Decimal(total).scaleb(-PLACES) if store.is_sqlite else total)

@@ -11,6 +11,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_type_hints, overload
 from uuid import UUID
@@ -34,6 +35,8 @@ class ToolContext:
     """The chat's."""
     redact: Callable[[BaseException], None] = field(default=lambda error: None, repr=False, compare=False)
     """Takes the keys that the chat calls its model with out of the texts of an error."""
+    around: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext, repr=False, compare=False)
+    """What the call runs within, on its own thread or task."""
 
 
 def _snake_case(name: str) -> str:
@@ -211,9 +214,10 @@ class Toolbox:
         """Run a call on this thread. Whatever goes wrong in it becomes its outcome."""
         started = time.perf_counter()
         try:
-            made, keywords = self._prepare(call, context)
-            result = made.execute(**keywords)
-            return _outcome(call, result, started)
+            with context.around():
+                made, keywords = self._prepare(call, context)
+                result = made.execute(**keywords)
+                return _outcome(call, result, started)
         except Exception as error:
             return self._failed(call, error, started, context)
 
@@ -221,9 +225,10 @@ class Toolbox:
         """Run a call of an async tool."""
         started = time.perf_counter()
         try:
-            made, keywords = self._prepare(call, context)
-            result = await made.execute(**keywords)
-            return _outcome(call, result, started)
+            with context.around():
+                made, keywords = self._prepare(call, context)
+                result = await made.execute(**keywords)
+                return _outcome(call, result, started)
         except Exception as error:
             return self._failed(call, error, started, context)
         except asyncio.CancelledError as error:

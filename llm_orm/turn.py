@@ -5,11 +5,13 @@
 transaction is open across a yield, and the rows alone say what is to be done next.
 """
 
+import functools
 import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +27,7 @@ from .errors import (
     ToolRoundsExceeded,
     TurnCancelled,
 )
-from .middleware import methods_of
+from .middleware import methods_of, stored, tell, within
 from .options import Candidate, Setting
 from .records import LlmMessage
 from .rows import Attempt, Rows
@@ -126,9 +128,22 @@ class Turn:
             streamed=self.stream,
             options=self.setting.options,
             schema=self.setting.options.schema,
+            agent=self.setting.agent,
+            stored=functools.partial(stored, methods_of(self.setting.middlewares, "stored_text")),
         )
 
     def run(self) -> Flow:
+        """The turn; those who look on are told of its beginning, and of its end, whatever that is."""
+        self._tell("on_turn_start")
+        try:
+            message = yield from self._run()
+        except BaseException as error:
+            self._tell("on_turn_end", error)
+            raise
+        self._tell("on_turn_end", message)
+        return message
+
+    def _run(self) -> Flow:
         claim = Claim(self.rows, self.start, self.transcript.position)
         self.store.pay()
         unread = yield from claim.take()
@@ -137,12 +152,16 @@ class Turn:
         try:
             self._read(unread)
             with self.store.heart.beating(self.rows.message_id, self.stop):
-                return (yield from self._answer(claim.progress))
+                message = yield from self._answer(claim.progress)
         except BaseException as error:
             if not self.rows.is_settled:
                 self.rows.give_up(error)
                 self._log("gave up: %s", type(error).__name__)
+            if isinstance(error, Exception):
+                yield from self._tell_of_budgets()
             raise
+        yield from self._tell_of_budgets()
+        return message
 
     def _answered(self, message: LlmMessage) -> Flow:
         """What was answered before: nothing is asked, and nothing written."""
@@ -374,8 +393,10 @@ class Turn:
             messages = changed if isinstance(changed, list) else messages
         if self._hooks("on_new_message"):
             yield from self._call_hooks("on_new_message", self.rows.stored_placeholder())
+        yield from self._check_budgets()
         self._saved_at = time.monotonic()
         corrections = self.context.correction_rounds or None
+        self.context.messages, self.context.attempt = messages, number
         request = ModelRequest(
             llm=self.setting.llm,
             model=self.candidate.model,
@@ -385,17 +406,43 @@ class Turn:
             stream=self.stream,
             taken_call_ids=frozenset(self.call_ids),
             on_late=self.rows.expect_late(),
+            around=self._around("around_call"),
         )
         try:
             yield CallModel(request)
         finally:  # also where a signal comes as the turn is about to be told
             for answer in request.answers[-1:]:
                 self.rows.ended(Attempt(answer, self.number, number, corrections))
+                self._tell("on_answer", answer)
         answer = request.answers[-1]
         self._log("round %d, attempt %d: %s", self.number, number, answer.status_code)
         self.context.duration_ms = answer.duration_ms
         self.context.spent_in_turn += answer.reply.cost or 0
+        if self.setting.meter is not None:
+            self.setting.meter.paid(self.candidate, answer.reply.cost)
         return answer
+
+    def _check_budgets(self) -> Generator[Effect, Any, None]:
+        """Raise `BudgetExceeded` where one is spent, as far as that is on record at this moment."""
+        if self.setting.meter is not None:
+            reached, exceeded = self.setting.meter.look(self.candidate)
+            for function, arguments in reached:
+                yield CallHook(function, arguments)
+            if exceeded is not None:
+                raise exceeded
+
+    def _tell_of_budgets(self) -> Generator[Effect, Any, None]:
+        """Once the turn is over: tell of what its last calls have reached. Nothing that goes wrong here undoes it."""
+        if self.setting.meter is None or not self.setting.meter.is_due:
+            return
+        self.rows.is_settled = True  # nobody can stop it any more
+        try:
+            reached, _ = self.setting.meter.look(self.candidate)
+        except Exception as problem:
+            log.warning("what is left of the budgets could not be read: %s", problem)
+            return
+        for function, arguments in reached:
+            yield CallHook(function, arguments)
 
     def _prepared(self) -> Generator[Effect, Any, list[Message]]:
         """What the model is to be shown, as the middlewares leave it."""
@@ -551,6 +598,7 @@ class Turn:
             goes_on = failure is None and halt is None and outcome.fatal is None and not outcome.halts and not watched
             following = waiting.popleft() if waiting and goes_on else None
             self.rows.save_outcome(outcome, following)
+            self._tell("on_outcome", outcome)
             self._log("tool %s %s", outcome.call.name, outcome.status)
             try:
                 if watched:
@@ -622,7 +670,8 @@ class Turn:
         return self.setting.options.toolbox.asks_for_approval
 
     def _context(self, call: ToolCall) -> ToolContext:
-        return ToolContext(self.setting.chat_id, call.id, self.setting.metadata, self.setting.redact)
+        around = self._around("around_tool", call)
+        return ToolContext(self.setting.chat_id, call.id, self.setting.metadata, self.setting.redact, around)
 
     # Hooks
 
@@ -632,6 +681,14 @@ class Turn:
     def _call_hooks(self, name: str, *arguments: Any) -> Generator[Effect, Any, None]:
         for function in self._hooks(name):
             yield CallHook(function, arguments)
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        tell(self.setting.middlewares, name, self.context, *arguments)
+
+    def _around(self, name: str, *arguments: Any) -> Callable[[], Any]:
+        if not methods_of(self.setting.middlewares, name):
+            return nullcontext
+        return functools.partial(within, self.setting.middlewares, name, self.context, *arguments)
 
     def _log(self, text: str, *values: Any) -> None:
         if log.isEnabledFor(logging.DEBUG):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
@@ -240,7 +241,10 @@ class TurnContext:
     round         which call of the model this is, from 0
     correction_rounds
                   how often a middleware has sent the model back (RETRY) in this turn
+    attempt       which try of that round, from 1
     spent         `Stats` of the chat so far, read before each call where a middleware has needs_spent = True; else None
+    agent         the name that an agent's session is stored under; None for a plain chat
+    stored        what the database keeps of a text, by the middlewares' stored_text
     duration_ms   of the last call
     state         for middlewares to keep things in until the turn ends
     """
@@ -255,7 +259,10 @@ class TurnContext:
     schema: Any = None
     messages: list[Message] = field(default_factory=list)
     round: int = 0
+    attempt: int = 1
     correction_rounds: int = 0
+    agent: str | None = None
+    stored: Callable[[str], str] = lambda text: text
     spent: "Stats | None" = None
     spent_in_turn: Decimal = Decimal(0)
     """US dollars, of the calls of this turn whose price is known."""
@@ -327,5 +334,7 @@ class ModelRequest:
     """Ids of earlier tool calls of the turn; a provider that uses one again gets another for it."""
     on_late: Callable[[Answer], None] | None = None
     """Called from another thread with the answer to a call that was given up before it came."""
+    around: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext, repr=False)
+    """What the request is sent within."""
     answers: list[Answer] = field(default_factory=list, repr=False)
     """How the call ended, once it has; the last counts."""

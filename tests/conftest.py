@@ -32,6 +32,8 @@ IN_MEMORY = Path("/dev/shm")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep temporary files in memory where there is room: real files all the same, and no waiting for a disk."""
+    config.addinivalue_line("markers", "each_form_on_both_databases: what it is parametrized with is stored")
+    sys.dont_write_bytecode = False  # to rewrite the asserts of all tests takes seconds: once, and not in each process
     if config.option.basetemp is None and IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 2**30:
         config.option.basetemp = tempfile.mkdtemp(prefix="llm_orm_", dir=IN_MEMORY)
         atexit.register(shutil.rmtree, config.option.basetemp, ignore_errors=True)
@@ -46,15 +48,23 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 ALL_WAYS = ("ask", "ask_stream", "aask", "aask_stream", "resume", "resume_stream", "aresume", "aresume_stream")
 TWO_WAYS = ("ask", "aask_stream", "resume", "aresume_stream")
 
-IN_EVERY_WAY = ("test_turn", "test_failure", "test_streams", "test_tools", "test_concurrency")
+IN_EVERY_WAY = ("test_streams", "test_concurrency")
 """Where the four ways of asking are compared; elsewhere two of them are enough to try on the second database."""
 
 IN_TWO_WAYS = (
-    "test_agents test_approval test_attachments test_bad_input test_encryption test_fallbacks test_fluent test_halt "
-    "test_history_edits test_hooks test_middleware test_once test_persistence test_recovery test_security test_stats "
-    "test_structured test_structured_replies test_testing test_thinking"
+    "test_agents test_approval test_attachments test_bad_input test_encryption test_failure test_fallbacks "
+    "test_fluent test_halt test_history_edits test_hooks test_middleware test_odd_replies test_once test_persistence "
+    "test_recovery test_security test_stats test_structured test_structured_replies test_testing test_thinking"
 ).split()
 """Where what is tested is settled before the model is asked, or after: two ways, and one on the second database."""
+
+IN_ONE_FORM_ON_THE_SECOND = (
+    "test_agents test_approval test_attachments test_bad_input test_failure test_fallbacks test_fluent test_gateway "
+    "test_halt test_history_edits test_hooks test_middleware test_odd_replies test_once test_structured "
+    "test_structured_replies test_thinking test_tools"
+).split()
+"""Where what a test is parametrized with, the way apart, is nothing to a database: on the second one it runs in one
+form. A test whose forms are what a database has to hold is marked `each_form_on_both_databases`."""
 
 
 NEED_LITELLM = {"provider", "real_litellm"}
@@ -62,21 +72,38 @@ NEED_LITELLM = {"provider", "real_litellm"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    def is_one_too_many(item: pytest.Item) -> bool:
-        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
-            return False
-        file, chosen = item.path.stem, item.callspec.params
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    in_one_form: set[Any] = set()
+    for item in items:
+        chosen = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         way = next((chosen[name] for name in ("ask", "way", "resume") if chosen.get(name) in ALL_WAYS), None)
-        in_two, on_second = file in IN_TWO_WAYS, chosen.get("database_url") == "postgresql"
-        if way is None or file in IN_EVERY_WAY or not (in_two or on_second):
-            return False
-        return way not in TWO_WAYS or (in_two and on_second and "ask" in chosen and way == "ask")
-
-    left_out = [item for item in items if is_one_too_many(item)]
+        on_second = chosen.get("database_url") == "postgresql"
+        is_too_many = _is_one_way_too_many(item.path.stem, way, chosen, on_second)
+        if not is_too_many and on_second and item.path.stem in IN_ONE_FORM_ON_THE_SECOND:
+            form = (item.nodeid.partition("[")[0], way)
+            is_too_many = form in in_one_form and item.get_closest_marker("each_form_on_both_databases") is None
+            in_one_form.add(form)
+        (left_out if is_too_many else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not is_one_too_many(item)]
-    items.sort(key=lambda item: NEED_LITELLM.isdisjoint(getattr(item, "fixturenames", ())))
+    items[:] = sorted(kept, key=lambda item: (NEED_LITELLM.isdisjoint(getattr(item, "fixturenames", ())), item.path))
+
+
+def _is_one_way_too_many(file: str, way: str | None, chosen: dict[str, Any], on_second: bool) -> bool:
+    in_two = file in IN_TWO_WAYS
+    if way is None or file in IN_EVERY_WAY or not (in_two or on_second):
+        return False
+    return way not in TWO_WAYS or (in_two and on_second and "ask" in chosen and way == "ask")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, Any]:
+    """Every second process reads the files from the last to the first: each finds what another has rewritten."""
+    report = yield
+    if isinstance(collector, pytest.Dir) and os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579":
+        report.result.reverse()
+    return report
 
 
 @pytest.hookimpl(wrapper=True)
@@ -299,10 +326,7 @@ def sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(request: pytest.FixtureRequest, database_url: str, sqlite_file: Path, tmp_path: Path) -> Iterator[Store]:
     """A store with its tables and one column of the application, `user_id`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_orm.store.records_for", kept_records)
-        store = connect(database_url, chat_fields=CHAT_FIELDS)
-    with store:
+    with _connected(database_url) as store:
         if store.is_sqlite:
             shutil.copy(sqlite_file, tmp_path / "chats.db")
             yield store
@@ -311,6 +335,12 @@ def store(request: pytest.FixtureRequest, database_url: str, sqlite_file: Path, 
             schema.lend(store.database)
             yield store
             schema.take_back(store.database)
+
+
+def _connected(url: str) -> Store:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_orm.store.records_for", kept_records)
+        return connect(url, chat_fields=CHAT_FIELDS)
 
 
 @pytest.fixture(scope="session")
@@ -332,10 +362,10 @@ def provider(real_litellm: None) -> Iterator[Provider]:
 
 
 @pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what a provider does and the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
+def sqlite_store(sqlite_url: str, sqlite_file: Path, tmp_path: Path) -> Iterator[Store]:
+    """For what the database has no part in."""
+    with _connected(sqlite_url) as store:
+        shutil.copy(sqlite_file, tmp_path / "chats.db")
         yield store
 
 

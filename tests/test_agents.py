@@ -4,7 +4,7 @@ import asyncio
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,6 +23,7 @@ from llm_orm import (
     AgentMismatch,
     AgentSession,
     AsyncTool,
+    Budget,
     Chat,
     ChatBusy,
     ChatGone,
@@ -88,14 +89,6 @@ class Support(Agent):
 
 class Plain(Agent):
     model = "test"
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what no database makes a difference to."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 def session_of(store: Store, agent: type[Agent], *script: Any, metadata: Any = ADA, **keywords: Any) -> AgentSession:
@@ -326,6 +319,7 @@ EVERYTHING: dict[str, tuple[Does, Any]] = {
     "with_tools": (lambda s: offered(next_call(s.with_tools(fail, replace=True))), ["fail"]),
     "with_tool_choice": (lambda s: next_call(s.with_tool_choice("none"))["tool_choice"], "none"),
     "use": (used, ["mine"]),
+    "with_budgets": (lambda s: [each.by for each in s.with_budgets(Budget(1)).options.budgets], ["chat"]),
     "before_request": (lambda s: heard(s, "before_request"), 2),
     "after_response": (lambda s: heard(s, "after_response"), 2),
     "on_new_message": (lambda s: heard(s, "on_new_message"), 2),
@@ -589,6 +583,7 @@ def test_a_hook_of_chats_is_refused_on_an_agent():
                 pass
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("key", [None, "", "no-such-id", UUID(int=7), str(UUID(int=7))])
 def test_a_session_that_is_not_there_is_none(store, key):
     session_of(store, Support)

@@ -394,6 +394,7 @@ def test_only_a_call_of_this_chat_that_waits_can_be_decided(store, decide):
     assert everything(store) == before
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("first", [Chat.approve, Chat.deny])
 @pytest.mark.parametrize("second", [Chat.approve, Chat.deny])
 def test_a_call_is_decided_once(store, first, second):
@@ -405,6 +406,7 @@ def test_a_call_is_decided_once(store, first, second):
     assert everything(store) == before
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("first", [Chat.approve, Chat.deny])
 @pytest.mark.parametrize("second", [Chat.approve, Chat.deny])
 def test_of_two_people_who_decide_at_once_one_is_heard(store, first, second):
@@ -1028,7 +1030,9 @@ def finish(chat: Chat) -> Any:
             return reply
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize(
+    ("database_url", "way"), [("sqlite", "ask"), ("postgresql", "aask_stream")], indirect=["database_url"]
+)
 def test_a_turn_goes_on_after_death_at_any_statement(store, database_url, way):
     """Asked, approved and resumed by a process that dies, and seen through by another: no tool runs twice."""
     for number in itertools.count():

@@ -12,18 +12,10 @@ from typing import Any
 import pytest
 from conftest import WAYS, rows
 
-from llm_orm import Store, TurnCancelled, connect, create_chat, tool
+from llm_orm import TurnCancelled, create_chat, tool
 from llm_orm.testing import Call, Say, ScriptedLLM
 
 ERASED = [("user", "completed", "Count!")]
-
-
-@pytest.fixture
-def sqlite_store(sqlite_url: str) -> Iterator[Store]:
-    """For what the database has no part in."""
-    with connect(sqlite_url) as store:
-        store.create_tables()
-        yield store
 
 
 @pytest.fixture

@@ -435,7 +435,7 @@ def test_sound_for_a_provider_that_takes_none_is_refused_before_anything_is_writ
     assert counted(store) == {"message": 0, "attachment": 0, "request": 0}
 
 
-def test_sound_is_refused_where_a_fallback_would_not_hear_it(store: Store, ask: Ask):
+def test_sound_is_refused_where_a_fallback_would_not_hear_it(store: Store, ask: Ask, real_litellm: None):
     chat = create_chat(store, model="openai/gpt-4o", fallbacks=["anthropic/claude-sonnet-4-5"], llm=LLM(api_key="k"))
     with pytest.raises(InvalidFile, match="anthropic takes no sound"):
         ask(chat, "What is it?", files=WAV)

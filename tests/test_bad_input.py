@@ -118,7 +118,7 @@ def test_nothing_to_retry_is_said(memory: Store) -> None:
 
 
 @pytest.mark.parametrize("llm", [None, LLM(api_key="no key")])
-def test_a_model_of_no_known_provider_is_refused(memory: Store, ask: Ask, llm: Any) -> None:
+def test_a_model_of_no_known_provider_is_refused(memory: Store, ask: Ask, llm: Any, real_litellm: None) -> None:
     chat = a_chat(memory, model="nonsense-9000", llm=llm)
     message = refused(memory, UnknownModel, lambda: ask(chat, "Hi"))
     assert message.startswith("no provider is known for the model 'nonsense-9000'; write it as provider/model")

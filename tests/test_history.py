@@ -99,7 +99,7 @@ def test_the_model_sees_within_a_turn_what_the_next_turn_sees_of_it(store, ask):
 
 def test_without_a_table_of_tool_calls_the_results_are_seen_all_the_same(store, ask):
     with store.connection():
-        store.database.drop_tables([store.records.tool_call])
+        store.database.drop_tables([store.records.tool_call], cascade=not store.is_sqlite)
     chat = first_turn(store, ask, persistence={"tool_calls": False})
     again = load_chat(store, chat.id, llm=ScriptedLLM("Yes."), persistence={"tool_calls": False})
     ask(again, "Sure?")

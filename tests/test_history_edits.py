@@ -453,6 +453,7 @@ UNKNOWN: dict[str, Callable[[Chat], Any]] = {
 }
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_a_fork_at_a_message_that_is_not_there_is_refused(store: Store, case: str):
     chat, other = new_chat(store, "One.", "Two."), new_chat(store, "Other.")

@@ -14,6 +14,7 @@ import pytest
 
 from llm_orm.errors import CostLimitExceeded, InvalidValue
 from llm_orm.middleware import (
+    LOOKS_ON,
     METHODS,
     CostGuard,
     Middleware,
@@ -71,6 +72,7 @@ def test_only_methods_that_were_written_are_called() -> None:
         "on_tool_call_end": [],
         "on_tool_call_error": [],
         "stored_text": [mask.stored_text],
+        **{name: [] for name in LOOKS_ON},
     }
 
 

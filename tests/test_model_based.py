@@ -772,7 +772,7 @@ def eventually(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
-SIZES = {"few": (7, 12), "many": (300, 40)}
+SIZES = {"few": (4, 12), "many": (300, 40)}
 
 
 @pytest.mark.usefixtures("leaves_no_files")

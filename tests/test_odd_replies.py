@@ -405,6 +405,7 @@ PLACES: dict[str, tuple[Callable[[str], Odd], Callable[[Chat], str | None]]] = {
 }
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bad", [NUL, HALF], ids=["NUL", "half a character"])
 def test_what_no_database_can_hold_is_stored_as_a_json_string_wherever_it_is(store: Store, place: str, bad: str):
@@ -422,6 +423,7 @@ HALVES = ("One \ud83d", "\ude00 two")
 WHOLE = "One \N{GRINNING FACE} two"
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize(
     ("parts", "stored"),
     [
@@ -475,6 +477,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_that_are_none_are_told_to_the_model_and_kept_to_the_letter(store: Store, name: str):
     raw = ARGUMENTS[name]
@@ -871,6 +874,7 @@ USAGES: dict[str, tuple[Any, tuple[int, int, bool]]] = {
 }
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("name", USAGES)
 def test_figures_that_make_no_sense_are_counted_here(store: Store, name: str):
     usage, expected = USAGES[name]
@@ -906,6 +910,7 @@ def test_more_tokens_from_the_cache_than_there_were_cost_nothing_less_than_nothi
         check_that_all_is_on_record(store, chat, llm, ask)
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize(
     "cost", [-1, float("nan"), float("-inf"), "Infinity", 10**6, "1e400", 10**30, "free", [1], {"total_cost": -1}, True]
 )
@@ -922,6 +927,7 @@ def test_a_cost_that_makes_no_sense_is_none(store: Store, cost: Any):
 # Values that are no JSON
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize(
     ("value", "stored"),
     [
@@ -975,6 +981,7 @@ def test_a_tool_whose_error_cannot_be_printed_is_told_to_the_model(store: Store)
         check_that_all_is_on_record(store, chat, llm, ask)
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("error", [ValueError(NUL), ValueError(HALF), Mute()], ids=["NUL", "half", "mute"])
 def test_a_hook_whose_error_no_database_can_hold_costs_no_row(store: Store, error: Exception):
     def object_to_it(reply: Reply) -> None:
@@ -1030,6 +1037,7 @@ def test_what_a_hook_returns_in_the_place_of_a_reply_costs_no_row(store: Store, 
         check_that_all_is_on_record(store, chat, llm, ask)
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize(
     "text", ["\N{GRINNING FACE}" * 100_000, "'; DROP TABLE llm_message; --", "\u2028\ufffe\x7f%s{}"]
 )
@@ -1042,6 +1050,7 @@ def test_whatever_a_user_says_is_stored_and_sent_as_it_is(store: Store, text: st
         check_that_all_is_on_record(store, chat, llm, ask)
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize(
     ("returned", "result"),
     [

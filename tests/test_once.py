@@ -114,6 +114,7 @@ def test_a_key_stands_for_one_message(store):
 PICTURES = [("a.png", b"\x89PNG\r\n\x1a\n" + bytes([number])) for number in range(2)]
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize(
     ("text", "files"),
     [("What is it?", PICTURES[1]), ("What is it?", PICTURES), ("What is it?", None), ("Really?", PICTURES[0])],

@@ -27,7 +27,7 @@ def bare(database_url: str) -> Iterator[Store]:
     with connect(database_url) as store:
         store.create_tables()
         with store.connection():
-            store.database.drop_tables([store.records.tool_call, store.records.request])
+            store.database.drop_tables([store.records.tool_call, store.records.request], cascade=not store.is_sqlite)
         yield store
 
 

@@ -505,7 +505,7 @@ def test_a_store_without_the_tables_that_it_does_not_write_can_be_erased(databas
         store.create_tables()
         persistence = {"tool_calls": False, "requests": False}
         with store.connection():
-            store.database.drop_tables([store.records.tool_call, store.records.request])
+            store.database.drop_tables([store.records.tool_call, store.records.request], cascade=not store.is_sqlite)
         llm = ScriptedLLM(Call("look_up", name=SECRET), SECRET)
         chat = create_chat(store, model="test", llm=llm, tools=[look_up], persistence=persistence)
         chat.ask(SECRET)

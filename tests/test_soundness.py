@@ -208,7 +208,7 @@ def test_a_chat_that_keeps_no_rows_of_calls_and_requests_needs_no_tables_of_them
     with connect(database_url) as store:
         store.create_tables()
         with store.connection():
-            store.database.drop_tables([store.records.tool_call, store.records.request])
+            store.database.drop_tables([store.records.tool_call, store.records.request], cascade=not store.is_sqlite)
         neither = {"tool_calls": False, "requests": False}
         a_chat(store, Call("look", at="A"), "Done.", persistence=neither).ask("Go")
         assert check(store) == []

@@ -10,8 +10,8 @@ from conftest import Ask
 
 from llm_orm import Chat, InvalidValue, Stats, Store, ToolError, connect, create_chat, load_chat, register_price
 from llm_orm.records import uuid7
-from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 from llm_orm.sums import stats_of
+from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
 PRICES = {"input_cost_per_token": "0.001", "output_cost_per_token": "0.01"}
 

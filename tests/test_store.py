@@ -457,7 +457,8 @@ def test_pascal_case_names_work_through_whole_turns(database_url: str, ask: Ask)
         assert again.retry().content == "Three."
         assert again.stats().requests == 5
         with store.connection():
-            assert set(store.database.get_tables()) == set(PASCAL_CASE.values())
+            tables = {name for name in store.database.get_tables() if "_search" not in name}
+            assert tables == set(PASCAL_CASE.values())
         chat.delete()
         assert rows(store, "tool_call", "id") == []
 

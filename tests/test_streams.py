@@ -470,8 +470,7 @@ def tool_chat(store: Store, on_error: str) -> Chat:
     return chat_with(store, *script, tools=[get_weather], on_error=on_error, retries=Retries(1, 0.0))
 
 
-@ASYNC_WAYS
-@pytest.mark.parametrize("on_error", ON_ERROR)
+@pytest.mark.parametrize(("way", "on_error"), [("aask", "rollback"), ("aask_stream", "keep")])
 def test_a_turn_can_be_cancelled_at_every_statement(store, way, on_error):
     for number in itertools.count():
         chat = tool_chat(store, on_error)
@@ -562,9 +561,15 @@ def test_ctrl_c_in_a_tool_leaves_its_call_interrupted(store, way):
     check_at_rest(chat)
 
 
-@pytest.mark.parametrize("way", ["ask", "ask_stream"])
-@pytest.mark.parametrize("on_error", ON_ERROR)
-@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize(
+    ("way", "on_error", "behind"),
+    [
+        ("ask", "rollback", False),
+        ("ask", "keep", True),
+        ("ask_stream", "keep", False),
+        ("ask_stream", "rollback", True),
+    ],
+)
 def test_ctrl_c_at_any_statement_leaves_the_chat_at_rest(store, way, on_error, behind):
     """Behind a statement its work is done, and nobody heard of it: what was spent is still on record, once."""
 
@@ -596,8 +601,7 @@ class Rescue(Middleware):
         return REPLACE("Sorry.")
 
 
-@pytest.mark.parametrize("way", ["ask", "ask_stream"])
-@pytest.mark.parametrize("rescued", [False, True], ids=["raised", "rescued"])
+@pytest.mark.parametrize(("way", "rescued"), [("ask", False), ("ask_stream", True)])
 def test_a_statement_that_fails_once_loses_no_paid_call_and_leaves_no_tool_running(store, way, rescued):
     def fail() -> None:
         raise pw.OperationalError("gone")
@@ -625,8 +629,7 @@ class Died(BaseException):
     """The process is gone: nothing that it would still do is done."""
 
 
-@pytest.mark.parametrize("way", ["ask", "ask_stream"])
-@pytest.mark.parametrize("on_error", ON_ERROR)
+@pytest.mark.parametrize(("way", "on_error"), [("ask", "rollback"), ("ask_stream", "keep")])
 def test_a_chat_can_be_asked_again_after_death_at_any_statement(store, database_url, way, on_error):
     def die() -> None:
         database: Any = dying.database

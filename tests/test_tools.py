@@ -600,6 +600,7 @@ def test_a_result_is_shown_as_text_and_loses_nothing(store: Store) -> None:
             assert json.loads(text) == returned
 
 
+@pytest.mark.each_form_on_both_databases
 @pytest.mark.parametrize("persistence", [{}, {"tool_calls": False, "requests": False}])
 def test_no_text_of_a_tool_can_lose_the_turn(store: Store, ask: Ask, persistence: dict[str, bool]) -> None:
     def fail() -> str:

@@ -1,12 +1,31 @@
 """The command `llm-orm`. Each command is a module of its name here, which is imported when it is needed."""
 
 import importlib
+import keyword
 import sys
 from typing import Any
 
 import click
 
-COMMANDS = ("check", "demo", "erase", "init", "migrate", "prune", "recover", "rotate", "stats", "sync")
+COMMANDS = (
+    "budgets",
+    "chats",
+    "check",
+    "dashboard",
+    "demo",
+    "erase",
+    "export",
+    "import",
+    "init",
+    "metrics",
+    "migrate",
+    "prune",
+    "recover",
+    "rotate",
+    "show",
+    "stats",
+    "sync",
+)
 
 
 class Commands(click.Group):
@@ -16,7 +35,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if hasattr(sys.stdout, "reconfigure"):

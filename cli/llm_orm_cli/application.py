@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .options import open_store
+from .options import environment_keys, open_store
 
 if TYPE_CHECKING:
     from llm_orm import Store
@@ -44,6 +44,36 @@ def opened(
         raise click.UsageError("--store says which database and tables: leave out the options that do")
     else:
         yield _imported(application)
+
+
+@contextmanager
+def opened_with_its_columns(application: str | None, **database: Any) -> Iterator["Store"]:
+    """The store; where --store does not name it, with the columns that the table of the chats has besides ours."""
+    with opened(application, **database) as store:
+        if application is not None:
+            yield store
+            return
+        columns = _other_columns(store)
+    from llm_orm import connect
+
+    names = {"table_prefix": database["table_prefix"], "table_names": database["table_names"]}
+    with connect(database["database_url"], **names, chat_fields=columns, encrypt=environment_keys()) as store:
+        yield store
+
+
+def _other_columns(store: "Store") -> dict[str, Any]:
+    from peewee import BareField
+
+    record: Any = store.records.chat
+    with store.connection():
+        found = store.database.execute_sql(f'SELECT * FROM "{record._meta.table_name}" LIMIT 0')
+        names = [column[0] for column in found.description]
+    ours = {field.column_name for field in record._meta.sorted_fields}
+    return {
+        name: BareField(null=True)
+        for name in names
+        if name not in ours and name.isidentifier() and not hasattr(record, name)
+    }
 
 
 def _imported(application: str) -> "Store":

@@ -1,5 +1,6 @@
 """The options that several commands share, and the store that they name."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -73,6 +74,35 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def csv_option(command: Command) -> Command:
+    """--csv, as `as_csv`."""
+    return click.option("--csv", "as_csv", is_flag=True, help="Print CSV, for a spreadsheet.")(command)
+
+
+def where_option(help: str) -> Callable[[Command], Command]:
+    """--where, as `conditions`: {"user_id": ["u_1", …]}."""
+    return click.option("--where", "conditions", metavar="NAME=VALUE", multiple=True, callback=_conditions, help=help)
+
+
+def span_options(command: Command) -> Command:
+    """--since, --until and --tz, as texts."""
+    since = click.option(
+        "--since",
+        metavar="TIME",
+        help='From then on: "2026-11-01", "2026-11-01T12:00:00+01:00", or so long ago: 7d, 24h.',
+    )
+    until = click.option("--until", metavar="TIME", help="Before then, in the same way; default: now.")
+    zone = click.option(
+        "--tz", default="UTC", show_default=True, metavar="ZONE", help="Of which time zone days are: Europe/Berlin."
+    )
+    return since(until(zone(command)))
+
+
+def not_both(as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise click.UsageError("--json or --csv, not both")
+
+
 def open_store(
     database_url: str | None, table_prefix: str = "", table_names: dict[str, str] | None = None, *, create: bool = False
 ) -> "Store":
@@ -93,6 +123,31 @@ def environment_keys() -> list[str] | None:
     return os.environ.get("LLM_ORM_ENCRYPTION_KEYS", "").replace(",", " ").split() or None
 
 
+SHORTEST_PREFIX = 6
+
+
+def chat_named(store: "Store", text: str) -> "UUID":
+    """The chat of an id, or of the beginning of one that no other has."""
+    from uuid import UUID
+
+    from llm_orm.checks import as_key
+
+    record: Any = store.records.chat
+    digits, length = text.replace("-", "").lower(), 32
+    is_prefix = SHORTEST_PREFIX <= len(digits) < length and re.fullmatch("[0-9a-f]+", digits)
+    key = as_key(text)
+    if is_prefix:
+        first, last = (UUID(digits + filling * (length - len(digits))) for filling in "0f")
+        found = [row.id for row in store.found(record.select(record.id).where(record.id.between(first, last)).limit(3))]
+        if len(found) > 1:
+            shown = ", ".join(map(str, found[:2])) + (", …" if len(found) > 2 else "")
+            raise click.ClickException(f"{text!r} is the beginning of more than one chat's id: {shown}")
+        key = found[0] if found else None
+    if key is None or not store.read(store.statements.chat_exists(key)):
+        raise click.ClickException(f"there is no chat {text!r} in {store!r}")
+    return key
+
+
 def chat_in(store: "Store", chat_id: str | None) -> "UUID | None":
     """The id that --chat gives, of a chat that is there; None without one. Its content need not be readable."""
     from llm_orm.checks import as_key
@@ -101,6 +156,26 @@ def chat_in(store: "Store", chat_id: str | None) -> "UUID | None":
     if chat_id is not None and (key is None or not store.read(store.statements.chat_exists(key))):
         raise click.ClickException(f"there is no chat {chat_id!r} in {store!r}")
     return key
+
+
+def _conditions(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, list[Any]]:
+    conditions: dict[str, list[Any]] = {}
+    for given in values:
+        name, equals, value = given.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{given!r} is not NAME=VALUE")
+        conditions.setdefault(name, []).extend(_meant(value) if name.startswith("metadata.") else [value])
+    return conditions
+
+
+def _meant(value: str) -> list[Any]:
+    """What a value in JSON may be: 7 is a number, or the text of one."""
+    try:
+        read = json.loads(value)
+    except ValueError:
+        return [value]
+    is_plain = isinstance(read, bool | int) or (isinstance(read, float) and value not in ("NaN", "Infinity"))
+    return [value, read] if is_plain else [value]
 
 
 def _table_names(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""How rows are printed: a table on a terminal, tab-separated when piped, or JSON."""
+"""How rows are printed: a table on a terminal, tab-separated when piped, or JSON, or CSV."""
 
+import csv
 import json
 import re
 import sys
@@ -12,14 +13,25 @@ import click
 
 
 def print_rows(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, as_json: bool = False
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    as_json: bool = False,
+    as_csv: bool = False,
+    cut: Sequence[str] = (),
 ) -> None:
-    """Print rows under the names of their columns."""
+    """Print rows under the names of their columns.
+
+    cut    columns that on a terminal are cut where they would be folded
+    """
     rows = list(rows)
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    elif as_csv:
+        print_csv(columns, rows)
     elif is_terminal():
-        _draw(columns, rows, title)
+        _draw(columns, _cut(columns, rows, cut) if cut else rows, title)
     else:
         if title:
             click.echo(title)
@@ -43,6 +55,21 @@ def print_values(values: Mapping[str, Any], *, title: str | None = None, as_json
 def print_json(value: Any) -> None:
     """Print JSON; money is a string in it, so that no reader rounds it."""
     click.echo(json.dumps(value, default=text, ensure_ascii=False, indent=2))
+
+
+def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print CSV. A text that a spreadsheet would take for a formula stands behind an apostrophe."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    shown = text(value)
+    return f"'{shown}" if isinstance(value, str) and shown.startswith(_FORMULA) else shown
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def is_terminal() -> bool:
@@ -69,10 +96,61 @@ def plain(value: Any) -> str:
 
 def printable(text: str) -> str:
     """The text less what would move the cursor or change the colours of a terminal."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return _CONTROL.sub(_escaped, text)
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and what turns the direction of a line around."""
+
+
+def bars(values: Sequence[Any], columns: int) -> list[str]:
+    """A bar for each of the values, the largest as long as there are columns."""
+    largest = max(map(float, values), default=0.0)
+    if not largest or columns < 1:
+        return ["" for _ in values]
+    if "utf" not in (sys.stdout.encoding or "").lower():
+        return ["#" * round(columns * float(value) / largest) for value in values]
+    eighths = [round(8 * columns * float(value) / largest) for value in values]
+    # What is not nothing is seen to be something.
+    eighths = [max(count, 1) if value else 0 for count, value in zip(eighths, values, strict=True)]
+    return ["█" * (count // 8) + ("", *"▏▎▍▌▋▊▉")[count % 8] for count in eighths]
+
+
+def columns_left(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
+    """How many columns of the terminal a table leaves free; less than 0 where it has too few."""
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    widths = [cell_len(name) for name in columns]
+    for row in rows:
+        for index, value in enumerate(row):
+            widths[index] = max(widths[index], cell_len(printable(text(value))))
+    taken = sum(width + len("  ") for width in widths)
+    return Console(file=sys.stdout).width - taken
+
+
+SHORTEST_CUT = 12
+
+
+def _cut(columns: Sequence[str], rows: Sequence[Sequence[Any]], cut: Sequence[str]) -> list[list[Any]]:
+    """The rows, with those columns cut to what the others leave."""
+    from rich.cells import cell_len, set_cell_size
+
+    places = [index for index, name in enumerate(columns) if name in cut]
+    without = [["" if index in places else value for index, value in enumerate(row)] for row in rows]
+    room = max(SHORTEST_CUT, columns_left(columns, without) // max(1, len(places)))
+    cut_rows = [list(row) for row in rows]
+    for row in cut_rows:
+        for index in places:
+            shown = printable(text(row[index]))
+            if row[index] is not None and cell_len(shown) > room:
+                row[index] = f"{set_cell_size(shown, room - 1).rstrip()}…"
+    return cut_rows
 
 
 def _draw(columns: Sequence[str] | None, rows: Sequence[Sequence[Any]], title: str | None) -> None:
@@ -100,4 +178,4 @@ def _draw(columns: Sequence[str] | None, rows: Sequence[Sequence[Any]], title: s
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | Decimal) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from .application import store_option
-from .erase import confirm, counted, named, opened_with_its_columns, which_chats
+from .application import opened_with_its_columns, store_option
+from .erase import confirm, counted, named, which_chats
 from .options import DURATION, database_options, json_option
 from .output import print_values
 

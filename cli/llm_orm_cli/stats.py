@@ -1,33 +1,169 @@
-"""`llm-orm stats`: what was spent."""
+"""`llm-orm stats`: what was spent, on whom, for what, and when."""
 
-from typing import Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .application import opened, store_option
-from .options import database_options, json_option
-from .output import print_values
+from .application import opened, opened_with_its_columns, store_option
+from .options import chat_named, csv_option, database_options, json_option, not_both, span_options, where_option
+from .output import bars, columns_left, is_terminal, print_csv, print_rows, print_values
+
+if TYPE_CHECKING:
+    from llm_orm import Store
+    from llm_orm.usage import UsageRow
+
+OF_REQUESTS = "requests failed_requests input_tokens output_tokens cost unpriced_requests duration_p95_ms".split()
+OF_TOOLS = "tool_calls tool_failures duration_avg_ms duration_p95_ms".split()
+"""What a terminal has room for."""
+
+LEFT_OUT = ("failed_requests", "unpriced_requests", "tool_failures")
+"""What is not shown on a terminal where all of it is 0."""
+
+GIVING_WAY = ("duration_p95_ms", "output_tokens", "input_tokens", "failed_requests")
+"""What is left out, one after the other, on a terminal that has no room for it and a bar."""
+
+HEADINGS = {
+    "failed_requests": "failed",
+    "unpriced_requests": "unpriced",
+    "input_tokens": "tokens in",
+    "output_tokens": "tokens out",
+    "duration_avg_ms": "avg ms",
+    "duration_p95_ms": "p95 ms",
+    "tool_calls": "tool calls",
+    "tool_failures": "failures",
+}
+
+LONGEST_BAR = 24
+SHORTEST_BAR = 6
+
+
+def _names(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """What was said in one option, or in several: day,model."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
 
 @click.command()
 @click.argument("chat_id", required=False)
+@click.option(
+    "--by",
+    metavar="NAMES",
+    multiple=True,
+    callback=_names,
+    help="A row for each hour, day, week, month; provider, model, status, error, source, streamed, agent_class, chat, "
+    "tool; column of yours of the chat; metadata.KEY. Several: day,model.",
+)
+@where_option(
+    "Of which requests: model=gpt-4o, status=429, user_id=u_1, metadata.plan=free, and what else --by takes but times. "
+    "Repeatable: all of them hold; of several values for one name, one does."
+)
+@span_options
+@click.option(
+    "--order", metavar="NAME", help='By which of its columns, "-cost" for the largest first; default: by time.'
+)
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="So many groups only, the first in that order.")
+@click.option(
+    "--columns", metavar="NAMES", multiple=True, callback=_names, help="Only these of the figures: requests,cost."
+)
 @database_options
 @store_option
 @json_option
-def stats(chat_id: str | None, as_json: bool, **database: Any) -> None:
+@csv_option
+def stats(
+    chat_id: str | None,
+    by: tuple[str, ...],
+    conditions: dict[str, list[Any]],
+    since: str | None,
+    until: str | None,
+    tz: str,
+    order: str | None,
+    top: int | None,
+    columns: tuple[str, ...],
+    as_json: bool,
+    as_csv: bool,
+    **database: Any,
+) -> None:
     """Sum up tokens, cost and time.
 
-    Of the chat CHAT_ID, or of all chats, deleted ones included. Cost is in US dollars, and leaves out the
-    unpriced requests; duration is the time spent waiting for models.
+    Of the chat CHAT_ID, or of all chats, deleted ones included; with --by, a row for each group. Cost is in US dollars,
+    and leaves out the unpriced requests; duration is the time spent waiting for models.
     """
-    from llm_orm import load_chat
+    not_both(as_json, as_csv)
+    if (order or top) and not by:
+        raise click.UsageError("--order and --top are for the rows of --by")
+    is_plain = not (by or conditions or since or until or columns)
+    with (opened if is_plain else opened_with_its_columns)(**database) as store:
+        if is_plain:
+            values = _all_in_all(store, chat_id)
+        else:
+            from llm_orm.usage import MEASURES, usage
+
+            chat = {"chat": [chat_named(store, chat_id)]} if chat_id is not None else {}
+            rows = usage(
+                store,
+                by,
+                since=since,
+                until=until,
+                where={**conditions, **chat},
+                tz=tz,
+                order=order,
+                limit=top,
+                measures=columns or None,
+            )
+            if by:
+                _print_groups(rows, by, columns or MEASURES, is_chosen=bool(columns), as_json=as_json, as_csv=as_csv)
+                return
+            values = {name: rows[0][name] for name in columns or MEASURES}
+    if as_csv:
+        print_csv(list(values), [list(values.values())])
+    else:
+        print_values(values, as_json=as_json)
+
+
+def _all_in_all(store: "Store", chat_id: str | None) -> dict[str, Any]:
     from llm_orm.sums import stats_of
 
-    with opened(**database) as store:
-        if chat_id is None:
-            found = stats_of(store)
-        elif chat := load_chat(store, chat_id):
-            found = chat.stats()
-        else:
-            raise click.ClickException(f"there is no chat {chat_id!r} in {store!r}")
-    print_values(found.as_dict(), as_json=as_json)
+    found = stats_of(store) if chat_id is None else stats_of(store, chat_id=chat_named(store, chat_id))
+    return found.as_dict()
+
+
+def _print_groups(
+    rows: list["UsageRow"], by: tuple[str, ...], measures: Any, *, is_chosen: bool, as_json: bool, as_csv: bool
+) -> None:
+    names = [*by, *measures]
+    if as_json or as_csv or not is_terminal():
+        print_rows(names, [[row[name] for name in names] for row in rows], as_json=as_json, as_csv=as_csv)
+        return
+    figures = list(measures) if is_chosen else _figures(rows)
+    columns, cells = _table(rows, by, figures)
+    for name in GIVING_WAY:
+        if columns_left([*columns, ""], cells) < SHORTEST_BAR and not is_chosen and name in figures:
+            figures.remove(name)
+            columns, cells = _table(rows, by, figures)
+    room = min(columns_left([*columns, ""], cells), LONGEST_BAR)
+    measure = next((name for name in ("cost", "requests", "tool_calls") if any(row[name] for row in rows)), None)
+    if measure and room >= SHORTEST_BAR:
+        drawn = bars([row[measure] or 0 for row in rows], room)
+        columns, cells = [*columns, ""], [[*row, bar] for row, bar in zip(cells, drawn, strict=True)]
+    print_rows(columns, cells)
+
+
+def _figures(rows: list["UsageRow"]) -> list[str]:
+    are_tools = any(row.requests is None for row in rows)
+    names = OF_TOOLS if are_tools else OF_REQUESTS
+    return [name for name in names if name not in LEFT_OUT or any(row[name] for row in rows)]
+
+
+def _table(rows: list["UsageRow"], by: tuple[str, ...], figures: list[str]) -> tuple[list[str], list[list[Any]]]:
+    places = _places([row.cost for row in rows if row.cost])
+    cells = [[*(row[name] for name in by), *(_shown(row[name], name, places) for name in figures)] for row in rows]
+    return [HEADINGS.get(name, name) for name in (*by, *figures)], cells
+
+
+def _places(costs: list[Decimal]) -> int:
+    """How many places tell the smallest of the costs from nothing, to two digits."""
+    return min(12, max([2, *(1 - cost.adjusted() for cost in costs)]))
+
+
+def _shown(value: Any, name: str, places: int) -> Any:
+    return round(value, places) if name == "cost" and value is not None else value

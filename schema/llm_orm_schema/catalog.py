@@ -1,4 +1,4 @@
-"""The shape of tables, read from a database's own catalog into values that can be compared."""
+"""The shape of tables and of what is made of them, read from a database's own catalog into values to compare."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -72,30 +72,49 @@ def read_tables(database: pw.Database, names: Iterable[str]) -> dict[str, Table]
     return _postgresql_tables(database, names)
 
 
-def imagined_tables(database: pw.Database, statements: Sequence[str], names: Iterable[str]) -> dict[str, Table]:
-    """What the tables would look like after the statements, in an empty database of this very kind and version.
+def read_made(database: pw.Database, names: Iterable[str], schema: str | None = None) -> dict[str, str]:
+    """The definitions of the views, triggers and tables of the search that exist, by name."""
+    if isinstance(database, pw.SqliteDatabase):
+        marks = ", ".join("?" for _ in names)
+        found = _all(database, f"SELECT name, sql FROM sqlite_master WHERE name IN ({marks})", *names)
+        return {name: _joined(_tokens(sql)) for name, sql in found}
+    query = f"""
+        SELECT name, pg_get_viewdef(class.oid) FROM unnest(%s::text[]) AS name
+        JOIN pg_class AS class ON class.oid = {_class_of(schema)} AND class.relkind = 'v'
+    """
+    return dict(_all(database, query, list(names), *_of_schema(schema)))
+
+
+Shape = tuple[dict[str, Table], dict[str, str]]
+"""The tables, and the definitions of what is made of them, by name."""
+
+
+def imagined(database: pw.Database, statements: Sequence[str], names: Iterable[str], made: Iterable[str] = ()) -> Shape:
+    """What would be there after the statements, in an empty database of this very kind and version.
 
     The server itself spells types, conditions and checks, so that they compare equal to those of existing tables.
     """
     try:
         if not isinstance(database, pw.SqliteDatabase):
-            return _postgresql_imagined(database, statements, names)
+            return _postgresql_imagined(database, statements, names, made)
         with pw.SqliteDatabase(":memory:") as empty:
             run(empty, statements)
-            return read_tables(empty, names)
+            return read_tables(empty, names), read_made(empty, made)
     except (pw.ProgrammingError, pw.InternalError) as error:
         reason = " ".join(str(error).split())
         raise WrongSetup(f"the tables cannot be compared, as a temporary copy of them failed: {reason}") from error
 
 
-def _postgresql_imagined(database: pw.Database, statements: Sequence[str], names: Iterable[str]) -> dict[str, Table]:
+def _postgresql_imagined(
+    database: pw.Database, statements: Sequence[str], names: Iterable[str], made: Iterable[str]
+) -> Shape:
     with database.atomic() as transaction:
         # Tables made while this schema comes first are temporary, and hide those of the same name.
         path = _all(database, "SELECT current_setting('search_path')")[0][0]
         database.execute_sql("SELECT set_config('search_path', %s, true)", ("pg_temp" + (f", {path}" if path else ""),))
         try:
             run(database, statements)
-            return _postgresql_tables(database, names, schema="pg_temp")
+            return _postgresql_tables(database, names, schema="pg_temp"), read_made(database, made, schema="pg_temp")
         finally:
             transaction.rollback()
 
@@ -231,10 +250,17 @@ _CONSTRAINTS = """
 """
 
 
+def _class_of(schema: str | None) -> str:
+    return "to_regclass(" + ("format('%%I.%%I', %s::text, name)" if schema else "quote_ident(name)") + ")"
+
+
+def _of_schema(schema: str | None) -> list[str]:
+    return [schema] if schema else []
+
+
 def _postgresql_tables(database: pw.Database, names: Iterable[str], schema: str | None = None) -> dict[str, Table]:
-    place = "format('%%I.%%I', %s::text, name)" if schema else "quote_ident(name)"
-    query = f"SELECT to_regclass({place})::oid::bigint, name FROM unnest(%s::text[]) AS name"
-    oids = {oid: name for oid, name in _all(database, query, *([schema] if schema else []), list(names)) if oid}
+    query = f"SELECT {_class_of(schema)}::oid::bigint, name FROM unnest(%s::text[]) AS name"
+    oids = {oid: name for oid, name in _all(database, query, *_of_schema(schema), list(names)) if oid}
     columns: dict[int, dict[str, Column]] = {oid: {} for oid in oids}
     indexes: dict[int, set[Index]] = {oid: set() for oid in oids}
     checks: dict[int, set[Check]] = {oid: set() for oid in oids}

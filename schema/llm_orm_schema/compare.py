@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import peewee as pw
 
 from llm_orm.store import Store
+from llm_orm.words import Made
 
-from .catalog import ForeignKey, Table, imagined_tables, read_tables
-from .ddl import statements, table_names_of
+from .catalog import ForeignKey, Shape, Table, imagined, read_made, read_tables
+from .ddl import made_of, statements, table_names_of
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,11 @@ class Difference:
     """One thing that is not as the records say.
 
     kind      "missing table", "missing column", "wrong type", "wrong nullability", "wrong default",
-              "wrong primary key", "missing index", "missing check", "missing foreign key" or "wrong delete rule"
-    table     its name
-    name      of the column, index, check or foreign key column; of a table that is missing, the table's
+              "wrong primary key", "missing index", "missing check", "missing foreign key" or "wrong delete rule";
+              "missing view", "wrong view"; of what search looks into: "missing search table", "wrong search table",
+              "missing trigger", "wrong trigger"
+    table     its name; of a view, the view's
+    name      of the column, index, check, foreign key column, view or trigger; of a table that is missing, the table's
     message   a line for a person, which names all of these
     """
 
@@ -37,20 +40,26 @@ def differences(store: Store) -> list[Difference]:
     Further tables, columns, indexes and checks of the database are the application's affair, and no difference.
     """
     with store.connection():
-        existing = read_tables(store.database, table_names_of(store.records).values())
-        return compare(expected_tables(store), existing)
+        return compare_shapes(store, expected_shape(store))
 
 
-def expected_tables(store: Store) -> dict[str, Table]:
-    """The tables as the store's records say."""
-    tables = imagined_tables(
-        store.database, statements(store.records, only_ours=True), table_names_of(store.records).values()
-    )
+def compare_shapes(store: Store, wanted: Shape) -> list[Difference]:
+    """What the database of a store lacks of a shape, or has otherwise."""
+    tables, definitions = wanted
+    made = [each for each in made_of(store.records) if each.name in definitions]
+    existing = read_made(store.database, [each.name for each in made])
+    return compare(tables, read_tables(store.database, tables)) + list(_made(made, definitions, existing))
+
+
+def expected_shape(store: Store) -> Shape:
+    """The tables as the store's records say, and what is made of them."""
+    names, made = table_names_of(store.records).values(), [each.name for each in made_of(store.records)]
+    tables, definitions = imagined(store.database, statements(store.records, only_ours=True), names, made)
     for record in store.records:
         name = record._meta.table_name  # type: ignore[attr-defined]
         keys = {_foreign_key(field) for field in record._meta.refs}  # type: ignore[attr-defined]
         tables[name] = Table(**{**vars(tables[name]), "foreign_keys": frozenset(keys)})
-    return tables
+    return tables, definitions
 
 
 def _foreign_key(field: pw.ForeignKeyField) -> ForeignKey:
@@ -130,3 +139,12 @@ def _foreign_keys(expected: Table, existing: Table) -> Iterator[Difference]:
         elif by_target[str(key)].on_delete != key.on_delete:
             message = f"{where} is ON DELETE {by_target[str(key)].on_delete}, and should be ON DELETE {key.on_delete}"
             yield Difference("wrong delete rule", expected.name, name, message)
+
+
+def _made(made: list[Made], expected: dict[str, str], existing: dict[str, str]) -> Iterator[Difference]:
+    for each in made:
+        called = f"{each.kind} {each.name}" + (f" on {each.table}" if each.kind == "trigger" else "")
+        if each.name not in existing:
+            yield Difference(f"missing {each.kind}", each.table, each.name, f"{called} is missing")
+        elif existing[each.name] != expected[each.name]:
+            yield Difference(f"wrong {each.kind}", each.table, each.name, f"{called} is not as it should be")

@@ -1,4 +1,4 @@
-"""The tables of llm_orm as SQL, made from the records. Needs no database.
+"""The tables of llm_orm as SQL, made from the records, and the views over them. Needs no database.
 
 python -m llm_orm_schema.ddl     writes sqlite.sql and postgresql.sql anew
 """
@@ -11,6 +11,8 @@ import peewee as pw
 
 from llm_orm.records import BASES, Record, Records, records_for
 from llm_orm.store import connect
+from llm_orm.views import objects_of
+from llm_orm.words import Made
 
 Dialect = Literal["sqlite", "postgresql"]
 
@@ -24,7 +26,7 @@ def ddl(
     chat_fields: Mapping[str, pw.Field] | None = None,
     models: Mapping[str, type[Record]] | list[type[Record]] | None = None,
 ) -> list[str]:
-    """The CREATE TABLE and CREATE INDEX statements in the order to run them; the keywords are those of connect()."""
+    """The CREATE statements in the order to run them; the keywords are those of connect()."""
     database = DATABASES[dialect](None)
     options: Any = {"table_prefix": table_prefix, "table_names": table_names, "chat_fields": chat_fields}
     return statements(connect(database, models=models, **options).records)
@@ -41,13 +43,20 @@ def dialect_of(database: pw.Database) -> Dialect:
 
 def table_names_of(records: Records) -> dict[str, str]:
     """{"chat": "llm_chat", …} as these records have them."""
-    return {name: getattr(records, name)._meta.table_name for name in BASES}
+    return records.table_names
 
 
 def statements(records: Records, *, only_ours: bool = False) -> list[str]:
-    """What creates the tables; only_ours leaves out references to tables of the application."""
+    """What creates the tables and what is made of them; only_ours leaves out references to the application's tables."""
     ours = set(records) if only_ours else None
-    return [text for record in records for text in (_create_table(record, ours), *create_indexes(record).values())]
+    tables = [text for record in records for text in (_create_table(record, ours), *create_indexes(record).values())]
+    return [*tables, *(made.create for made in made_of(records))]
+
+
+def made_of(records: Records) -> list[Made]:
+    """What the database makes of the tables: views, and what search looks into."""
+    database = records.chat._meta.database  # type: ignore[attr-defined]
+    return objects_of(table_names_of(records), is_sqlite=dialect_of(database) == "sqlite")
 
 
 def create_indexes(record: type[Record]) -> dict[str, str]:
@@ -113,7 +122,7 @@ def _text(record: type[Record], node: Any) -> str:
 
 def generated_files() -> dict[Path, str]:
     """What sqlite.sql and postgresql.sql must hold."""
-    notice = "-- Made from llm_orm/records.py by: python -m llm_orm_schema.ddl\n\n"
+    notice = "-- Made from llm_orm/records.py and llm_orm/views.py by: python -m llm_orm_schema.ddl\n\n"
     folder = Path(__file__).parent
     return {folder / f"{dialect}.sql": notice + script(dialect) for dialect in DATABASES}
 

@@ -2,8 +2,12 @@
 
 A migration is SQL as it was on the day it was written: it never changes afterwards, whatever the records say. Its
 statements are separated by blank lines; {chat}, {message}, … are the names of the tables, {chat_columns}, … the
-application's own columns of a table that it creates, and TYPES has the words that each dialect spells in its own way.
-Literal braces are doubled. Where one text cannot do for both: 0002_name.sqlite.sql and 0002_name.postgresql.sql.
+application's own columns of a table that it creates, {stem} what the names of views begin with, and TYPES has the words
+that each dialect spells in its own way. Literal braces are doubled. Where one text cannot do for both:
+0002_name.sqlite.sql and 0002_name.postgresql.sql.
+
+A view that changes is dropped and created anew. On SQLite, what makes a table anew creates its triggers again, too, and
+drops the views of it before it renames.
 
 What has been applied stands in a table beside the others, called after the chat's: llm_chat_migration.
 """
@@ -21,10 +25,11 @@ from llm_orm.database import described
 from llm_orm.errors import InsideTransaction, WrongSetup
 from llm_orm.records import Record
 from llm_orm.store import Store
+from llm_orm.views import stem_of
 
-from .catalog import Table, imagined_tables, read_tables, run
-from .compare import compare, expected_tables
-from .ddl import application_columns, application_indexes, column, dialect_of, literal, table_names_of
+from .catalog import Table, imagined, read_tables, run
+from .compare import compare, compare_shapes, expected_shape
+from .ddl import application_columns, application_indexes, column, dialect_of, literal, made_of, table_names_of
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -117,7 +122,7 @@ def _steps(store: Store, folder: Path) -> list[Step]:
     existing = read_tables(store.database, table_names_of(store.records).values())
     done = applied(store)
     names = [name for name in _names(folder) if name not in done]
-    known = _recognised(store, existing, folder) if existing and not done else 0
+    known = _recognised(store, folder) if existing and not done else 0
     steps = [Step(tuple(names[:known]), _recorded(store, *names[:known]))] if known else []
     steps += [Step((name,), (*_texts(store, folder, name), *_recorded(store, name))) for name in names[known:]]
     if not existing and steps:
@@ -141,7 +146,7 @@ def _texts(store: Store, folder: Path, name: str, *, with_application: bool = Tr
         record = getattr(store.records, table)
         fields = application_columns(record) if with_application else []
         columns[f"{table}_columns"] = "".join(f",\n    {column(record, field)}" for field in fields)
-    filled = text.format(**tables, **columns, **TYPES[dialect])
+    filled = text.format(**tables, **columns, stem=stem_of(tables), **TYPES[dialect])
     return [statement.strip().removesuffix(";") for statement in filled.split("\n\n") if statement.strip()]
 
 
@@ -169,13 +174,14 @@ def _aware(time: Any) -> datetime:
     return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _recognised(store: Store, existing: dict[str, Table], folder: Path) -> int:
+def _recognised(store: Store, folder: Path) -> int:
     """How many migrations the tables are the result of, where none was recorded."""
-    names = _names(folder)
+    names, made = _names(folder), [each.name for each in made_of(store.records)]
     missing = []
     for count in range(len(names), 0, -1):
         texts = [text for name in names[:count] for text in _texts(store, folder, name, with_application=False)]
-        missing = compare(imagined_tables(store.database, texts, table_names_of(store.records).values()), existing)
+        shape = imagined(store.database, texts, table_names_of(store.records).values(), made)
+        missing = compare_shapes(store, shape)
         if not missing:
             return count
     raise MigrationFailed(
@@ -192,7 +198,7 @@ def _application_steps(store: Store, existing: dict[str, Table]) -> Iterator[Ste
     indexes = application_indexes(store.records)
     if not indexes and not any(application_columns(record) for record in store.records):
         return
-    missing = {(entry.kind, entry.table, entry.name) for entry in compare(expected_tables(store), existing)}
+    missing = {(entry.kind, entry.table, entry.name) for entry in compare(expected_shape(store)[0], existing)}
     for record in store.records:
         table = record._meta.table_name  # type: ignore[attr-defined]
         for field in application_columns(record):

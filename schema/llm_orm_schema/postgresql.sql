@@ -1,4 +1,4 @@
--- Made from llm_orm/records.py by: python -m llm_orm_schema.ddl
+-- Made from llm_orm/records.py and llm_orm/views.py by: python -m llm_orm_schema.ddl
 
 CREATE TABLE "llm_chat" (
     "id" UUID NOT NULL PRIMARY KEY,
@@ -11,6 +11,8 @@ CREATE TABLE "llm_chat" (
 );
 
 CREATE INDEX "llm_chat_created_at" ON "llm_chat" ("created_at");
+
+CREATE INDEX "llm_chat_updated_at" ON "llm_chat" ("updated_at");
 
 CREATE TABLE "llm_message" (
     "id" UUID NOT NULL PRIMARY KEY,
@@ -47,6 +49,8 @@ CREATE INDEX "llm_message_created_at" ON "llm_message" ("created_at");
 
 CREATE UNIQUE INDEX "llm_message_one_pending" ON "llm_message" ("chat_id") WHERE status = 'pending';
 
+CREATE INDEX "llm_message_search" ON "llm_message" USING GIN (to_tsvector('simple'::regconfig, regexp_replace("left"("content", 200000), '[\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u3000-\u3004\u3008-\u3020\u3030\ufe00-\ufe0f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff]+', ' ', 'g'))) WHERE content IS NOT NULL AND status <> 'pending' AND substr(content, 1, 7) <> 'enc:v1:';
+
 CREATE TABLE "llm_tool_call" (
     "id" UUID NOT NULL PRIMARY KEY,
     "chat_id" UUID NOT NULL,
@@ -78,6 +82,8 @@ CREATE UNIQUE INDEX "llm_tool_call_message_id_tool_call_id" ON "llm_tool_call" (
 CREATE INDEX "llm_tool_call_chat_id_turn_id" ON "llm_tool_call" ("chat_id", "turn_id");
 
 CREATE INDEX "llm_tool_call_created_at" ON "llm_tool_call" ("created_at");
+
+CREATE INDEX "llm_tool_call_search" ON "llm_tool_call" USING GIN (to_tsvector('simple'::regconfig, regexp_replace("left"("result", 200000), '[\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u3000-\u3004\u3008-\u3020\u3030\ufe00-\ufe0f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff]+', ' ', 'g'))) WHERE result IS NOT NULL AND substr(result, 1, 7) <> 'enc:v1:';
 
 CREATE TABLE "llm_request" (
     "id" UUID NOT NULL PRIMARY KEY,
@@ -117,6 +123,8 @@ CREATE INDEX "llm_request_chat_id_created_at" ON "llm_request" ("chat_id", "crea
 
 CREATE INDEX "llm_request_created_at" ON "llm_request" ("created_at");
 
+CREATE INDEX "llm_request_turn_id" ON "llm_request" ("turn_id");
+
 CREATE TABLE "llm_agent_session" (
     "id" UUID NOT NULL PRIMARY KEY,
     "agent_class" TEXT NOT NULL,
@@ -147,3 +155,111 @@ CREATE TABLE "llm_attachment" (
 );
 
 CREATE UNIQUE INDEX "llm_attachment_message_id_position" ON "llm_attachment" ("message_id", "position");
+
+CREATE VIEW "llm_usage_daily" AS
+SELECT
+    (created_at AT TIME ZONE 'UTC')::date AS day,
+    provider,
+    model,
+    source,
+    COUNT(*) AS requests,
+    SUM(CASE WHEN error IS NULL THEN 0 ELSE 1 END) AS failed_requests,
+    SUM(CASE WHEN attempt > 1 THEN 1 ELSE 0 END) AS retried_requests,
+    SUM(input_tokens) AS input_tokens,
+    SUM(output_tokens) AS output_tokens,
+    SUM(cached_tokens) AS cached_tokens,
+    SUM(cache_write_tokens) AS cache_write_tokens,
+    SUM(thinking_tokens) AS thinking_tokens,
+    COALESCE(SUM(cost), 0) AS cost,
+    SUM(CASE WHEN cost IS NULL THEN 1 ELSE 0 END) AS unpriced_requests,
+    SUM(duration_ms) AS duration_ms,
+    MAX(duration_ms) AS duration_max_ms
+FROM "llm_request"
+GROUP BY 1, 2, 3, 4;
+
+CREATE VIEW "llm_usage_hourly" AS
+SELECT
+    date_trunc('hour', created_at AT TIME ZONE 'UTC') AT TIME ZONE 'UTC' AS hour,
+    provider,
+    model,
+    source,
+    COUNT(*) AS requests,
+    SUM(CASE WHEN error IS NULL THEN 0 ELSE 1 END) AS failed_requests,
+    SUM(CASE WHEN attempt > 1 THEN 1 ELSE 0 END) AS retried_requests,
+    SUM(input_tokens) AS input_tokens,
+    SUM(output_tokens) AS output_tokens,
+    SUM(cached_tokens) AS cached_tokens,
+    SUM(cache_write_tokens) AS cache_write_tokens,
+    SUM(thinking_tokens) AS thinking_tokens,
+    COALESCE(SUM(cost), 0) AS cost,
+    SUM(CASE WHEN cost IS NULL THEN 1 ELSE 0 END) AS unpriced_requests,
+    SUM(duration_ms) AS duration_ms,
+    MAX(duration_ms) AS duration_max_ms
+FROM "llm_request"
+GROUP BY 1, 2, 3, 4;
+
+CREATE VIEW "llm_request_detail" AS
+SELECT
+    request.id,
+    request.created_at,
+    request.chat_id,
+    request.message_id,
+    request.turn_id,
+    request.source,
+    request.round,
+    request.attempt,
+    request.provider,
+    request.model,
+    request.status_code,
+    request.error,
+    request.finish_reason,
+    request.duration_ms,
+    request.first_token_ms,
+    request.streamed,
+    request.input_tokens,
+    request.output_tokens,
+    request.cached_tokens,
+    request.cache_write_tokens,
+    request.thinking_tokens,
+    request.usage_estimated,
+    request.cost,
+    request.correction_rounds,
+    request.input_tokens::bigint + request.output_tokens AS total_tokens,
+    session.agent_class,
+    request.error IS NOT NULL AS is_failed,
+    request.attempt > 1 AS is_retry,
+    request.cost IS NULL AS is_unpriced
+FROM "llm_request" AS request
+LEFT JOIN "llm_agent_session" AS session ON session.chat_id = request.chat_id;
+
+CREATE VIEW "llm_tool_usage_daily" AS
+SELECT
+    (created_at AT TIME ZONE 'UTC')::date AS day,
+    name,
+    COUNT(*) AS calls,
+    SUM(CASE WHEN status = 'failed' THEN 1 ELSE 0 END) AS failed,
+    AVG(duration_ms)::double precision AS duration_avg_ms,
+    MAX(duration_ms) AS duration_max_ms
+FROM "llm_tool_call"
+GROUP BY 1, 2;
+
+CREATE VIEW "llm_chat_cost" AS
+SELECT
+    chat_id,
+    COUNT(DISTINCT turn_id) AS turns,
+    COUNT(*) AS requests,
+    SUM(CASE WHEN error IS NULL THEN 0 ELSE 1 END) AS failed_requests,
+    SUM(CASE WHEN attempt > 1 THEN 1 ELSE 0 END) AS retried_requests,
+    SUM(input_tokens) AS input_tokens,
+    SUM(output_tokens) AS output_tokens,
+    SUM(cached_tokens) AS cached_tokens,
+    SUM(cache_write_tokens) AS cache_write_tokens,
+    SUM(thinking_tokens) AS thinking_tokens,
+    COALESCE(SUM(cost), 0) AS cost,
+    SUM(CASE WHEN cost IS NULL THEN 1 ELSE 0 END) AS unpriced_requests,
+    SUM(duration_ms) AS duration_ms,
+    MAX(duration_ms) AS duration_max_ms,
+    MIN(created_at) AS first_request_at,
+    MAX(created_at) AS last_request_at
+FROM "llm_request"
+GROUP BY chat_id;

@@ -136,7 +136,7 @@ def test_what_a_chat_without_rows_of_calls_and_requests_has_is_counted(database_
     with connect(database_url) as store:
         store.create_tables()
         with store.connection():
-            store.database.drop_tables([store.records.tool_call, store.records.request])
+            store.database.drop_tables([store.records.tool_call, store.records.request], cascade=not store.is_sqlite)
     assert run("--database-url", database_url).stdout == "sound: 0 chats, 0 messages\n"
 
 

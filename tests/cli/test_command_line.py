@@ -18,7 +18,9 @@ from llm_orm.testing import ScriptedLLM
 from llm_orm_cli import main
 from llm_orm_cli.options import TABLES
 
-COMMANDS = ["check", "demo", "erase", "init", "migrate", "prune", "recover", "rotate", "stats", "sync"]
+COMMANDS = (
+    "budgets chats check dashboard demo erase export import init metrics migrate prune recover rotate show stats sync"
+).split()
 LLM_ORM = [sys.executable, "-c", "from llm_orm_cli import main; main()"]
 
 

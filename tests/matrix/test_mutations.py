@@ -152,12 +152,12 @@ def found(mutation: Mutation, place: SqlitePlace) -> None:
     assert mutation.breaks in broken, f"{report}: {sorted(broken)}"
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS[:3], ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize("mutation", MUTATIONS[:2], ids=lambda mutation: mutation.name)
 def test_a_bug_that_loses_something_is_found(mutation: Mutation, mutated: Callable[[Mutation], SqlitePlace]):
     found(mutation, mutated(mutation))
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("mutation", MUTATIONS[3:], ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize("mutation", MUTATIONS[2:], ids=lambda mutation: mutation.name)
 def test_every_bug_that_loses_something_is_found(mutation: Mutation, mutated: Callable[[Mutation], SqlitePlace]):
     found(mutation, mutated(mutation))

@@ -19,7 +19,7 @@ from llm_orm_schema.compare import differences
 from llm_orm_schema.ddl import table_names_of
 from llm_orm_schema.migrate import MIGRATIONS, MigrationFailed, applied, migrate, pending, sql
 
-ALL = sorted(path.stem for path in MIGRATIONS.iterdir())
+ALL = sorted({path.name.partition(".")[0] for path in MIGRATIONS.iterdir()})
 
 USER_ID = {"user_id": pw.TextField(null=True, index=True)}
 

@@ -16,7 +16,7 @@ from llm_orm_schema.compare import differences
 from llm_orm_schema.ddl import script
 from llm_orm_schema.migrate import MIGRATIONS, pending
 
-ALL = sorted(path.stem for path in MIGRATIONS.iterdir())
+ALL = sorted({path.name.partition(".")[0] for path in MIGRATIONS.iterdir()})
 
 
 @pytest.fixture(autouse=True)

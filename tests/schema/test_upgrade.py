@@ -8,7 +8,7 @@ import click.testing
 import peewee as pw
 import pytest
 
-from llm_orm import LlmMessage, LlmToolCall, Store, connect, load_chat
+from llm_orm import LlmMessage, LlmToolCall, Store, connect, load_chat, search
 from llm_orm.records import Record, uuid7
 from llm_orm.testing import ScriptedLLM
 from llm_orm_cli import main
@@ -17,10 +17,24 @@ from llm_orm_schema.compare import differences
 from llm_orm_schema.ddl import table_names_of
 from llm_orm_schema.migrate import MIGRATIONS, applied, migrate, pending
 
-FIRST, *_ = ALL = sorted(path.stem for path in MIGRATIONS.iterdir())
+FIRST, *_ = ALL = sorted({path.name.partition(".")[0] for path in MIGRATIONS.iterdir()})
 
 ADDED = {"message": ["parked_at", "cancelled_at", "owner"], "tool_call": ["approval"]}
 """The columns that the migrations after the first bring."""
+
+
+VIEWS = ["usage_daily", "usage_hourly", "request_detail", "tool_usage_daily", "chat_cost"]
+
+OF_THE_SEARCH = [
+    "search table llm_search",
+    "search table llm_search_row",
+    *(
+        f"trigger {table}_search_{verb} on {table}"
+        for table in ("llm_message", "llm_tool_call")
+        for verb in ("insert", "update", "delete")
+    ),
+]
+"""What SQLite has besides the tables."""
 
 
 class Message(LlmMessage):
@@ -55,13 +69,16 @@ def opened_by_the_first_version(url: str) -> Store:
     return opened(url, (MessageOfTheFirst, ToolCallOfTheFirst))
 
 
-def create(older: Store, folder: Path) -> None:
-    older.create_tables()
-
-
 def migrate_to_the_first(older: Store, folder: Path) -> None:
     (folder / f"{FIRST}.sql").write_text((MIGRATIONS / f"{FIRST}.sql").read_text())
     assert migrate(older, folder) == [FIRST, "index llm_chat_user_id"]
+
+
+def create(older: Store, folder: Path) -> None:
+    """As its `create_tables` did, which recorded nothing."""
+    migrate_to_the_first(older, folder)
+    with older.connection():
+        older.database.execute_sql("DROP TABLE llm_chat_migration")
 
 
 @pytest.fixture(params=[create, migrate_to_the_first], ids=["created", "migrated"])
@@ -143,6 +160,23 @@ def test_a_chat_of_the_older_version_goes_on(older: Store, database_url: str):
         assert [message.content for message in chat.messages()] == ["Hi", "Hello!", "Are you there?", "Still here."]
 
 
+def test_what_was_said_before_is_found(older: Store, database_url: str):
+    with older.connection():
+        older.records.tool_call.update(result="an apple").execute()
+    with opened(database_url, llm=ScriptedLLM("No apple.")) as store:
+        migrate(store)
+
+        assert [found.snippet for found in search(store, "hello")] == ["Hello!"]
+        assert [found.name for found in search(store, "apple")] == ["echo"]
+        (row,) = search(store, "hi")
+        chat = load_chat(store, row.chat_id)
+        assert chat is not None
+        chat.ask("Hi again")
+        assert len(search(store, "hi")) == len(search(store, "apple")) == 2
+        chat.delete()
+        assert search(store, "hi") + search(store, "apple") == []
+
+
 def test_the_command_names_what_older_tables_lack_and_adds_it(older: Store, database_url: str):
     def run(command: str) -> click.testing.Result:
         return click.testing.CliRunner().invoke(main, [command, "--database-url", database_url], prog_name="llm-orm")
@@ -154,7 +188,18 @@ def test_the_command_names_what_older_tables_lack_and_adds_it(older: Store, data
 
     assert before.exit_code == 1
     lacks = [line.partition(" is missing")[0].partition(" (")[0] for line in before.stdout.splitlines()]
-    assert lacks == [
+    is_sqlite = older.is_sqlite
+    assert [line for line in lacks if line.startswith("index")] == [
+        "index llm_chat_updated_at on llm_chat",
+        *([] if is_sqlite else ["index llm_message_search on llm_message"]),
+        *([] if is_sqlite else ["index llm_tool_call_search on llm_tool_call"]),
+        "index llm_request_turn_id on llm_request",
+    ]
+    assert [line for line in lacks if line.startswith(("view", "search", "trigger"))] == [
+        *(f"view llm_{name}" for name in VIEWS),
+        *(OF_THE_SEARCH if is_sqlite else []),
+    ]
+    assert [line for line in lacks if line.startswith(("column", "check"))] == [
         "column llm_message.parked_at",
         "column llm_message.cancelled_at",
         "column llm_message.owner",
@@ -164,6 +209,16 @@ def test_the_command_names_what_older_tables_lack_and_adds_it(older: Store, data
     assert done.stdout.splitlines() == [f"applied {name}" for name in missing]
     assert (after.exit_code, done.stderr) == (0, "")
     assert after.stdout.endswith("is in sync with the records\n")
+
+
+def test_older_tables_that_were_given_views_and_search_can_be_migrated(older: Store, database_url: str):
+    """As by `create_tables` of today, when the application starts before it migrates."""
+    with opened(database_url) as store:
+        store.create_tables()
+        migrate(store)
+
+        assert differences(store) == []
+        assert [found.snippet for found in search(store, "hello")] == ["Hello!"]
 
 
 @pytest.fixture(params=["created", "migrated", "upgraded"])

@@ -1,0 +1,66 @@
+"""Requests: each call that reached a provider, the latest first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...listing import requests
+from ...store import Store
+from ..page import Page, ignored, without
+from ..query import Query
+from ..tables import Column, Table
+
+COLUMNS = (
+    Column("created_at", "Time", "time", "created_at"),
+    Column("provider", "Provider", sort="provider", minor=True),
+    Column("model", "Model", sort="model"),
+    Column("agent_class", "Agent", minor=True),
+    Column("status_code", "Status", "status", "status_code"),
+    Column("error", "Error", sort="error"),
+    Column("cost", "Cost", "dollars", "cost"),
+    Column("attempt", "Attempt", "number", minor=True),
+    Column("duration_ms", "Duration", "ms", "duration_ms"),
+    Column("first_token_ms", "First token", "ms", "first_token_ms", minor=True),
+    Column("input_tokens", "Input", "number", "input_tokens"),
+    Column("output_tokens", "Output", "number", "output_tokens"),
+    Column("cached_tokens", "Cached", "number", "cached_tokens", minor=True),
+    Column("thinking_tokens", "Thinking", "number", "thinking_tokens", minor=True),
+    Column("chat_id", "Chat"),
+)
+
+
+def requests_page(store: Store, query: Query) -> Page:
+    table, has_more = requests_table(store, query, without(query, "tool"))
+    values = {"has_more": has_more, "charts": []}
+    return Page("Requests", "requests.html", [table], values, ignored=ignored(query, "tool"))
+
+
+def requests_table(store: Store, query: Query, where: Any, **changes: Any) -> tuple[Table, bool]:
+    """A page of the requests; whether there are more behind it."""
+    asked = {"order": query.order or "-created_at", "limit": query.limit, "offset": query.offset, **changes}
+    asked["limit"] += 1
+    found = requests(store, where=where, **query.time, **asked)
+    rows = [line.as_dict() for line in found[: asked["limit"] - 1]]
+    return request_rows(query, rows, name="requests", title="Requests"), len(found) == asked["limit"]
+
+
+def request_rows(query: Query, rows: Sequence[Mapping[str, Any]], *, name: str, title: str) -> Table:
+    return Table(
+        name,
+        title,
+        (*COLUMNS, Column("error_message", "Message")) if name == "failed" else COLUMNS,
+        rows,
+        links={
+            "chat_id": lambda row: chat_link(query, row["chat_id"], row["turn_id"]),
+            "model": lambda row: query.filtered("model", row["model"]),
+            "error": lambda row: query.filtered("error", row["error"]) if row["error"] else None,
+        },
+        marks=lambda row: "failed" if row["error"] else "",
+        empty="No request in this span of time.",
+    )
+
+
+def chat_link(query: Query, chat_id: Any, turn_id: Any = None) -> str | None:
+    """The chat, at the turn; None where it was deleted."""
+    if chat_id is None:
+        return None
+    return query.href(f"/chats/{chat_id}") + (f"#turn-{turn_id}" if turn_id else "")

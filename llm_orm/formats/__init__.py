@@ -1,0 +1,1 @@
+"""What chats look like outside of the database: one file for each format, and what they share."""
