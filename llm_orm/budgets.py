@@ -197,7 +197,7 @@ def check_against(chat: type[LlmChat], budgets: Iterable[Budget]) -> None:
 
 
 def _check_name(what: str, name: Any) -> None:
-    if not isinstance(name, str) or not name.removeprefix(METADATA):
+    if not isinstance(name, str) or not name.removeprefix(METADATA) or "\0" in name:
         names = ", ".join(f'"{each}"' for each in NAMED)
         raise InvalidValue(f'the {what} of a Budget is {names}, a column of the chat or "metadata.key", not {name!r}')
 

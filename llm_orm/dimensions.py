@@ -5,14 +5,14 @@ call by its request is of the one that asked for it.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import peewee as pw
 
 from .errors import InvalidValue
-from .filters import METADATA, Where, chat_id, check_where, metadata_is, values_of
+from .filters import METADATA, Where, chat_id, check_where, metadata_is, metadata_json, values_of
 from .statements import Sql
 from .store import Store
 from .values import as_uuid
@@ -27,7 +27,7 @@ class Dimension:
     name: str
     sql: Sql
     needs: str = ""
-    """The alias that must be joined, besides the one that is counted."""
+    """The aliases that must be joined, besides the one that is counted: "cs"."""
     read: Callable[[Any], Any] = lambda value: value
     """What the database gave → what the caller gets; never called with None."""
     write: Callable[[Any], Any] = lambda value: value
@@ -39,7 +39,7 @@ class Dimension:
         texts, params = [], []
         if known and self.name.startswith(METADATA):
             for value in known:
-                text, more = metadata_is(store, self.name, value, 'c."metadata"')
+                text, more = _has_in_metadata(store, self.name, value)
                 texts.append(text)
                 params += more
         elif known:
@@ -52,11 +52,15 @@ class Dimension:
         return Sql(f"({' OR '.join(texts)})", tuple(params))
 
 
-def dimension(store: Store, name: str, *, of_tools: bool = False) -> Dimension:
-    """The dimension of a name that is known, of requests or of tool calls."""
+def dimension(store: Store, name: str, *, of_tools: bool = False, ours: Sequence[str] = NAMED) -> Dimension:
+    """The dimension of a name that is known, of requests or of tool calls.
+
+    A column of the application that is called as one of `ours` is not meant by it: what `metrics` and the dashboard ask
+    for is the same in each store.
+    """
     if name.startswith(METADATA):
-        return Dimension(name, _metadata(store, name), "c", json.loads)
-    if name in store.chat_columns:
+        return Dimension(name, _metadata(store, name), "cs", json.loads)
+    if name in store.chat_columns and name not in ours:
         field = getattr(store.records.chat, name)
         sql = Sql(f'c."{field.column_name}"')
         return Dimension(name, sql, "c", field.python_value, _plain(field.db_value))
@@ -70,20 +74,21 @@ def check_names(store: Store, call: str, names: Iterable[str], times: tuple[str,
     check_where(store, call, dict.fromkeys(names), known)
 
 
-def conditions(store: Store, call: str, where: Where | None, *, of_tools: bool = False) -> tuple[list[Sql], set[str]]:
+def conditions(
+    store: Store, call: str, where: Where | None, *, of_tools: bool = False, ours: Sequence[str] = NAMED
+) -> tuple[list[Sql], set[str]]:
     """What `where` says, as SQL, and the aliases that it needs. Raises `InvalidValue` and `UnknownKeyword`."""
     check_where(store, call, {} if where is None else where, NAMED)
-    found, needs = [], set()
+    found: list[Sql] = []
+    needs: set[str] = set()
     for name, given in (where or {}).items():
-        each = dimension(store, name, of_tools=of_tools)
+        each = dimension(store, name, of_tools=of_tools, ours=ours)
         try:
             found.append(each.is_one_of(store, values_of(given)))
-        except InvalidValue:
-            raise
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError) as error:  # InvalidValue among them, of one value
             raise InvalidValue(f"{call}: where={name!r} cannot be {given!r}: {error}") from error
-        needs.add(each.needs)
-    return found, needs - {""}
+        needs |= set(each.needs)
+    return found, needs
 
 
 def joins(store: Store, needs: set[str], *, of_tools: bool = False) -> str:
@@ -113,24 +118,29 @@ def _table(record: Any) -> str:
 
 def _plain(db_value: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def write(value: Any) -> Any:
-        if isinstance(value, pw.Node | dict | list):
+        is_expression = isinstance(value, pw.Node) and not isinstance(value, pw.Model)
+        if is_expression or isinstance(value, dict | list):
             raise InvalidValue(f"a column is compared with one value, not {value!r}")
         return db_value(value)
 
     return write
 
 
+OF_THE_CHAT, OF_THE_SESSION = 'c."metadata"', 's."metadata"'
+
+
 def _metadata(store: Store, name: str) -> Sql:
-    """The value as JSON; NULL for null, and where there is none."""
-    key = name.removeprefix(METADATA)
-    if not store.is_sqlite:
-        return Sql("NULLIF((c.metadata -> %s)::text, 'null')", (key,))
-    return Sql(
-        "(SELECT CASE entry.type WHEN 'text' THEN json_quote(entry.value) WHEN 'true' THEN 'true' "
-        "WHEN 'false' THEN 'false' WHEN 'null' THEN NULL ELSE CAST(entry.value AS TEXT) END "
-        "FROM json_each(CASE WHEN json_valid(c.metadata) THEN c.metadata ELSE '{}' END) AS entry WHERE entry.key = ?)",
-        (key,),
-    )
+    """The value as JSON: the chat's, or that of its agent's session, where the chat has none."""
+    first, params = metadata_json(store, name, OF_THE_CHAT)
+    second, more = metadata_json(store, name, OF_THE_SESSION)
+    return Sql(f"COALESCE({first}, {second})", (*params, *more))
+
+
+def _has_in_metadata(store: Store, name: str, value: Any) -> tuple[str, tuple]:
+    here, params = metadata_is(store, name, value, OF_THE_CHAT)
+    unset, more = metadata_json(store, name, OF_THE_CHAT)
+    there, yet_more = metadata_is(store, name, value, OF_THE_SESSION)
+    return f"({here} OR ({unset} IS NULL AND {there}))", (*params, *more, *yet_more)
 
 
 def _status(given: Any) -> int:

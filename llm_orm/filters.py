@@ -31,8 +31,10 @@ METADATA = "metadata."
 # Which chats
 
 
-def chat_conditions(store: Store, call: str, where: Any) -> list[Any]:
+def chat_conditions(store: Store, call: str, where: Any, *, may_be_unset: bool = True) -> list[Any]:
     """What is true of the chats that are meant, of peewee; every name and value is looked at before anything is read.
+
+    may_be_unset    whether None is a chat without such a key in its metadata: for who erases, it is more likely a slip
 
     Raises `InvalidValue` and `UnknownKeyword`, which name the call.
     """
@@ -44,7 +46,7 @@ def chat_conditions(store: Store, call: str, where: Any) -> list[Any]:
     for name, given in where.items():
         values = values_of(given)
         if name.startswith(METADATA):
-            alternatives = [pw.SQL(*metadata_is(store, name, value)) for value in values]
+            alternatives = [_metadata_condition(store, name, value, may_be_unset) for value in values]
         elif name == "id":
             alternatives = [record.id.in_([chat_id(value) for value in values])]
         elif name == "agent_class":
@@ -70,6 +72,8 @@ def check_where(store: Store, call: str, where: Any, named: Sequence[str]) -> No
     check_keywords(call, plain, (*named, "metadata.<key>", *own), columns=own)
     for name, given in where.items():
         values = values_of(given)
+        if name == METADATA:
+            raise InvalidValue(f'{call}: {METADATA!r} has no key behind it: write "metadata.plan"')
         for value in (name, *values):
             if isinstance(value, str):
                 check_storable(f"where={name!r}", value)
@@ -90,7 +94,7 @@ def chat_id(given: Any) -> UUID:
 
 
 def metadata_is(store: Store, name: str, value: Any, column: str = '"metadata"') -> tuple[str, tuple]:
-    """What is true where "metadata.key" has a value, as SQL and what goes into it."""
+    """What is true where "metadata.key" of a column has a value, as SQL and what goes into it."""
     key = name.removeprefix(METADATA)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (is_number or isinstance(value, str | bool)):
@@ -99,10 +103,41 @@ def metadata_is(store: Store, name: str, value: Any, column: str = '"metadata"')
         return f"({column} -> %s) = %s::jsonb", (key, json.dumps(value))
     kinds = "'integer', 'real'" if is_number else "'text'" if isinstance(value, str) else "'true', 'false'"
     return (
-        f"EXISTS (SELECT 1 FROM json_each(CASE WHEN json_valid({column}) THEN {column} ELSE '{{}}' END) AS entry "
+        f"EXISTS (SELECT 1 FROM {_entries(column)} "
         f"WHERE entry.key = ? AND entry.type IN ({kinds}) AND entry.value = ?)",
         (key, value),
     )
+
+
+def metadata_json(store: Store, name: str, column: str = '"metadata"') -> tuple[str, tuple]:
+    """The value of "metadata.key" of a column as JSON, as SQL; NULL for null, and where there is none."""
+    key = name.removeprefix(METADATA)
+    if not store.is_sqlite:
+        return f"NULLIF(({column} -> %s)::text, 'null')", (key,)
+    return (
+        "(SELECT CASE entry.type WHEN 'text' THEN json_quote(entry.value) WHEN 'true' THEN 'true' "
+        "WHEN 'false' THEN 'false' WHEN 'null' THEN NULL ELSE CAST(entry.value AS TEXT) END "
+        f"FROM {_entries(column)} WHERE entry.key = ?)",
+        (key,),
+    )
+
+
+def _entries(column: str) -> str:
+    return f"json_each(CASE WHEN json_valid({column}) THEN {column} ELSE '{{}}' END) AS entry"
+
+
+def _metadata_condition(store: Store, name: str, value: Any, may_be_unset: bool) -> Any:
+    """What is true of a chat whose metadata has the value; or that of its agent's session, where its own has none."""
+    chat, session = store.records.chat, store.records.agent_session
+    text, params = metadata_json(store, name)
+    is_unset = pw.SQL(f"{text} IS NULL", params)
+    has_sessions = store.has_table(session)
+    if value is None and may_be_unset:
+        set_there = session.select(session.chat).where(pw.SQL(f"{text} IS NOT NULL", params))
+        return is_unset & chat.id.not_in(set_there) if has_sessions else is_unset
+    condition = pw.SQL(*metadata_is(store, name, value))
+    there = session.select(session.chat).where(condition)
+    return condition | (is_unset & chat.id.in_(there)) if has_sessions else condition
 
 
 def _has_agent(store: Store, names: list[Any]) -> Any:

@@ -22,6 +22,9 @@ from .sums import summable as summable
 
 EVERYTHING = pw.SQL("1 = 1")
 
+NO_TEXT = "CAST(NULL AS TEXT)"
+"""What PostgreSQL orders by; by a bare NULL it does not."""
+
 LONGEST_TITLE = 80
 READ_FOR_TITLE = 400
 """Characters of a message that are read for its title: some of them are spaces."""
@@ -226,7 +229,7 @@ class _ChatLines:
     def _agent(self) -> Any:
         session = self.session
         if session is None:
-            return pw.Value(None)
+            return pw.SQL(NO_TEXT)
         return session.select(session.agent_class).where(session.chat == self.chat.id)
 
     def _title(self) -> Any:
@@ -312,7 +315,7 @@ def requests(
             wheres.append(Sql(f"r.created_at {sign} {store.database.param}", (value,)))
     has_agents = store.has_table(store.records.agent_session)
     columns = {each: f'r."{each}"' for each in REQUEST_COLUMNS}
-    columns["agent_class"] = "s.agent_class" if has_agents else "NULL"
+    columns["agent_class"] = "s.agent_class" if has_agents else NO_TEXT
     direction = "DESC" if is_descending else "ASC"
     last = " NULLS LAST" if name in NULLABLE else ""
     page = f"LIMIT {-1 if store.is_sqlite else 'ALL'}" if limit is None else f"LIMIT {limit}"

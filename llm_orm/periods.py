@@ -61,8 +61,11 @@ def periods_of(per: str, first: datetime, end: datetime, tz: tzinfo) -> list[Per
             raise InvalidValue(f"by {per!r} this span has more than {MOST_PERIODS:,} periods: take longer ones")
         start: Any
         stop: Any
-        start, stop = period_of(per, moment, tz)
-        following = stop.astimezone(UTC)
+        try:
+            start, stop = period_of(per, moment, tz)
+            following = stop.astimezone(UTC)
+        except OverflowError:
+            raise InvalidValue(f"by {per!r} this span ends with the year {end.year}: end it earlier") from None
         found.append((start if per == "hour" else start.date(), moment, min(following, end)))
         moment = following
     return found

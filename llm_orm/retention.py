@@ -85,7 +85,7 @@ def erase(
     leaves each chat whole or erased. Raises `InvalidValue` and `UnknownKeyword` before anything is written.
     """
     store = as_store(store)
-    conditions = chat_conditions(store, "erase()", where)
+    conditions = chat_conditions(store, "erase()", where, may_be_unset=False)
     emptied = _own_columns(store, "erase()", columns)
     if dry_run:
         at_work = _has_turn(store, alive=True)
@@ -143,7 +143,7 @@ def prune(
     """
     store = as_store(store)
     before = _moment(older_than)
-    conditions = chat_conditions(store, "prune()", where) if where is not None else []
+    conditions = chat_conditions(store, "prune()", where, may_be_unset=False) if where is not None else []
     conditions += _unused_since(store, before)
     takes_orphans = not keep_requests and where is None
     takes_orphans = takes_orphans and store.has_table(store.records.request)

@@ -222,7 +222,7 @@ def _of_postgresql(store: Store, kinds: list[str], terms: Sequence[Term], condit
     phrases = [
         f"% {' '.join(term.words)}{'' if term.is_prefix else ' '}%"
         for term in terms
-        if len(term.words) > 1 or not "".join(term.words).isalnum()
+        if len(term.words) > 1 or not all(each.isalpha() or each.isdecimal() for each in "".join(term.words))
     ]
     texts, params = [], []
     for kind in kinds:

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import peewee as pw
 
-from .budgets import Budget, BudgetStatus, check_against, check_budgets
+from .budgets import NAMED, Budget, BudgetStatus, check_against, check_budgets
 from .dimensions import Dimension, conditions, dimension, joins
 from .errors import BudgetExceeded, ChatGone
 from .middleware import shown_dollars
@@ -116,7 +116,7 @@ class Meter:
         columns: list[Sql] = []
         for budget in self.budgets:
             if budget.by is not None and budget.by not in KNOWN:
-                columns.append(dimension(self._store, budget.by).sql)
+                columns.append(dimension(self._store, budget.by, ours=NAMED).sql)
             columns += _wheres(self._store, _of_the_chat(budget))[0]
         values = iter(self._read_chat(columns) if columns else ())
         found: list[dict[str, Any] | None] = []
@@ -150,12 +150,12 @@ class _Spent:
         self.store = store
         self.budget = budget
         self.since, self.resets_at = budget.period_at(now())
-        self.dimension = None if budget.by is None else dimension(store, budget.by)
+        self.dimension = None if budget.by is None else dimension(store, budget.by, ours=NAMED)
         if budget.by == "chat":
             self.dimension = replace(dimension(store, "chat"), sql=Sql("r.chat_id"), needs="")
         self.wheres, self.needs = _wheres(store, budget.where or {})
-        if self.dimension is not None and self.dimension.needs:
-            self.needs.add(self.dimension.needs)
+        if self.dimension is not None:
+            self.needs |= set(self.dimension.needs)
         if self.needs or budget.by == "chat":
             self.wheres.append(Sql("r.chat_id IS NOT NULL"))  # nobody knows of a deleted chat whose it was
         if self.since is not None:
@@ -275,7 +275,7 @@ def _of_the_chat(budget: Budget) -> dict[str, tuple[Any, ...]]:
 
 
 def _wheres(store: Store, where: Mapping[str, tuple[Any, ...]]) -> tuple[list[Sql], set[str]]:
-    return conditions(store, "a Budget", where)
+    return conditions(store, "a Budget", where, ours=NAMED)
 
 
 def _holds(budget: Budget, called: Mapping[str, str]) -> bool:

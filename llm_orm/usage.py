@@ -1,8 +1,10 @@
 """usage(): what requests took and cost, by time, model, user or anything else that is known of them; summed in SQL."""
 
 import json
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, tzinfo
 from decimal import Decimal
 from typing import Any
@@ -10,9 +12,9 @@ from typing import Any
 import peewee as pw
 
 from .checks import clear_about
-from .dimensions import Dimension, check_names, conditions, dimension, joins
+from .dimensions import NAMED, Dimension, check_names, conditions, dimension, joins
 from .errors import InvalidValue
-from .filters import Moment, Where, span
+from .filters import Moment, Where, check_where, span
 from .periods import TIMES, Period, periods_of, zone
 from .records import now
 from .statements import Sql
@@ -115,7 +117,7 @@ def usage(
     is None there. Both databases give the same figures. Raises `InvalidValue` and `UnknownKeyword`.
     """
     store = as_store(store)
-    names = (by,) if isinstance(by, str) else tuple(by)
+    names = _names("by", by)
     counted = _counted(measures)
     check_names(store, "usage()", names, TIMES)
     kind = _time_of(names)
@@ -124,7 +126,8 @@ def usage(
         raise InvalidValue(f"limit={limit!r}: it must be a whole number, 1 or more")
     clock = zone(tz)
     first, end = span(since, until, clock)
-    query = _Query(store, [name for name in names if name != kind], where, counted)
+    besides = [name for name in _ordered_by(order, names) if name in MEASURES and name not in counted]
+    query = _Query(store, [name for name in names if name != kind], where, (*counted, *besides))
     store.pay()
     periods: list[Period] = []
     if kind is not None:
@@ -133,7 +136,8 @@ def usage(
         if not periods:
             return []
     rows = _rows(query.groups(first, end, periods), query, names, kind, periods)
-    return _in_order(rows, [name for name in names if name != kind], kind, order, limit)
+    rows = _in_order(rows, [name for name in names if name != kind], kind, order, limit)
+    return [replace(row, **dict.fromkeys(besides)) for row in rows] if besides else rows
 
 
 async def ausage(
@@ -144,8 +148,16 @@ async def ausage(
     return await store.off_the_loop(lambda: usage(store, by, **options))
 
 
+def _names(what: str, given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidValue(f"{what}={given!r}: it is a name, or several of them, and {name!r} is none")
+    return names
+
+
 def _counted(measures: Iterable[str] | None) -> tuple[str, ...]:
-    asked = MEASURES if measures is None else (measures,) if isinstance(measures, str) else tuple(measures)
+    asked = MEASURES if measures is None else _names("measures", measures)
     for name in asked:
         if name not in MEASURES:
             raise InvalidValue(f"measures has {name!r}; it takes {', '.join(MEASURES)}")
@@ -159,6 +171,12 @@ def _time_of(names: Sequence[str]) -> str | None:
     if taken := set(names) & set(MEASURES):
         raise InvalidValue(f"by={names!r}: the column {min(taken)!r} has the name of a measure")
     return times[0] if times else None
+
+
+def _ordered_by(order: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    if order is not None:
+        return (order.removeprefix("-"),)
+    return ("tool_calls",) if "tool" in names else ("cost", "requests")
 
 
 def _check_order(order: Any, names: Sequence[str]) -> None:
@@ -214,6 +232,7 @@ class _Query:
         self.store = store
         self.where = where
         self.names = names
+        check_where(store, "usage()", {} if where is None else where, NAMED)
         self.counts_tools = "tool" in names or "tool" in (where or {})
         conditions(store, "usage()", where, of_tools=self.counts_tools)
         self.dimensions = self._dimensions(of_tools=self.counts_tools)
@@ -227,14 +246,20 @@ class _Query:
 
     def first(self) -> datetime | None:
         """When the first of all that is counted was."""
-        record: Any = self.store.records.tool_call if self.counts_tools else self.store.records.request
-        return self.store.found(record.select(pw.fn.MIN(record.created_at)).tuples())[0][0]
+        records: list[Any] = [] if self.counts_tools else [self.store.records.request]
+        records += [self.store.records.tool_call] if self._looks_at_tools else []  # with or without a request's row
+        firsts = [self.store.found(each.select(pw.fn.MIN(each.created_at)).tuples())[0][0] for each in records]
+        return min((first for first in firsts if first is not None), default=None)
+
+    @property
+    def _looks_at_tools(self) -> bool:
+        return bool(self.of_tools) and (self.counts_tools or self.store.has_table(self.store.records.tool_call))
 
     def groups(self, first: datetime | None, end: datetime | None, periods: Sequence[Period] = ()) -> Groups:
         parts = []
         if not self.counts_tools:
             parts.append(self._select(first, end, by_period=bool(periods), of_tools=False))
-        if self.of_tools and (self.counts_tools or self.store.has_table(self.store.records.tool_call)):
+        if self._looks_at_tools:
             parts.append(self._select(first, end, by_period=bool(periods), of_tools=True))
         text = _listed(self.store, periods) + " UNION ALL ".join(part.text for part in parts)
         keys = len(self.names) + bool(periods)
@@ -244,8 +269,14 @@ class _Query:
             rows = _read(self.store, Sql(text, tuple(value for part in parts for value in part.params)))
         for of_tools, *values in rows:
             sums = dict(zip(_SUMS, values[keys:], strict=True))
-            requests, tools = found.get(tuple(values[:keys]), ({}, {}))
-            found[tuple(values[:keys])] = (requests, sums) if of_tools else (sums, tools)
+            key = tuple(values[:keys])
+            try:
+                requests, tools = found.get(key, ({}, {}))
+            except TypeError:  # a column of JSON or an array, of PostgreSQL
+                raise InvalidValue(
+                    f"by={self.names!r}: one of them has values such as {key!r}, which are no groups"
+                ) from None
+            found[key] = (requests, sums) if of_tools else (sums, tools)
         return found
 
     def _select(self, first: datetime | None, end: datetime | None, *, by_period: bool, of_tools: bool) -> Sql:
@@ -253,12 +284,12 @@ class _Query:
         at = "t.created_at" if of_tools else "r.created_at"
         dimensions = self._dimensions(of_tools=of_tools)
         wheres, needs = conditions(self.store, "usage()", self.where, of_tools=of_tools)
-        needs |= {each.needs for each in dimensions if each.needs}
+        needs |= {alias for each in dimensions for alias in each.needs}
         groups = [each.sql for each in dimensions]
         sources = joins(self.store, needs, of_tools=of_tools)
         if by_period:
             # SQLite goes through a CROSS JOIN from left to right, and finds the rows of each period by the index.
-            groups, sources = [Sql("p.place"), *groups], f"period p CROSS JOIN {sources}"
+            groups, sources = [Sql("p.place"), *groups], f"llm_orm_period p CROSS JOIN {sources}"
             wheres = [Sql(f"{at} >= p.start AND {at} < p.stop"), *wheres]
         else:
             bounds = ((first, ">="), (end, "<"))
@@ -325,7 +356,7 @@ def _listed(store: Store, periods: Sequence[Period]) -> str:
         f"({place}, '{_stored(start)}'{as_time}, '{_stored(stop)}'{as_time})"
         for place, (_, start, stop) in enumerate(periods)
     )
-    return f"WITH period (place, start, stop) AS (VALUES {values}) "
+    return f"WITH llm_orm_period (place, start, stop) AS (VALUES {values}) "
 
 
 def _ranks(store: Store, column: str) -> str:
@@ -361,7 +392,9 @@ def _read(store: Store, query: Sql) -> list[tuple]:
         with store.connection():
             if store.is_sqlite:
                 connection: Any = store.database.connection()
-                connection.create_aggregate(PERCENTILES_OF, 1, _Percentiles)
+                # It is there already where somebody still reads rows of this connection: then SQLite refuses.
+                with suppress(sqlite3.OperationalError):
+                    connection.create_aggregate(PERCENTILES_OF, 1, _Percentiles)
             return store.read(query)
 
     return store.patiently(read)

@@ -12,8 +12,12 @@ from .encryption import TOKEN
 
 SEPARATORS = (
     r"\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7"
-    r"\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u3000-\u3004\u3008-\u3020\u3030"
-    r"\ufe00-\ufe0f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff"
+    r"\u037e\u0387\u055a-\u055f\u0589\u058a\u05be\u05c0\u05c3\u05c6\u05f3\u05f4\u060c\u060d\u061b\u061d-\u061f"
+    r"\u066a-\u066d\u06d4\u0964\u0965\u0e4f\u0e5a\u0e5b\u0f04-\u0f14\u104a-\u104f\u1360-\u1368\u17d4-\u17d6"
+    r"\u17d8-\u17da\u1800-\u180a"
+    r"\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u2e00-\u2e2e\u2e30-\u2e5d\u3000-\u3004"
+    r"\u3008-\u3020\u3030\u303d\u30a0\u30fb"
+    r"\ufe00-\ufe19\ufe30-\ufe6b\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff"
 )
 """What stands between words, as a regular expression of PostgreSQL and of Python has it in its brackets.
 
@@ -103,7 +107,7 @@ def search_objects(stem: str, names: Mapping[str, str]) -> list[Made]:
     )
     create_rows = (
         f'CREATE TABLE "{rows}" (\n'
-        "    id INTEGER NOT NULL PRIMARY KEY,\n"
+        "    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,\n"
         "    kind TEXT NOT NULL,\n"
         "    row_id TEXT NOT NULL,\n"
         "    UNIQUE (row_id, kind)\n"
@@ -128,7 +132,8 @@ def _triggers(words: str, rows: str, kind: str, table: str, searched: Searched) 
         f"        WHERE {mine('OLD.')} AND {old};\n"
         f'    DELETE FROM "{rows}" WHERE {mine("OLD.")};\n'
     )
-    # A row that is there already was left behind by INSERT OR REPLACE, which fires no trigger for what it deletes.
+    # A row that is there already was left behind by INSERT OR REPLACE, which fires no trigger for what it deletes. Its
+    # words stay, of an id that nothing has any more; so no id is given twice.
     remember = (
         f"INSERT OR REPLACE INTO \"{rows}\" (kind, row_id) SELECT '{kind}', NEW.id WHERE {new};\n"
         f'    INSERT INTO "{words}" (rowid, words) SELECT id, {text("NEW.")} FROM "{rows}"\n'

@@ -538,3 +538,25 @@ def test_a_store_without_budgets_asks_nothing(store: Store, monkeypatch: pytest.
     chat.ask("Hi", budgets=[Budget(1)])
     assert not any("SUM(" in text for text in texts[:without])
     assert any("SUM(" in text for text in texts[without:])
+
+
+def test_a_session_spends_what_its_own_metadata_says(store: Store, database_url: str):
+    class Helper(Agent):
+        model = "test"
+
+    with kept(database_url, Budget(1, by="metadata.plan", where={"metadata.plan": "free"})) as shop:
+        for plan, calls in (("free", 1), ("pro", 2)):
+            session = create_agent_session(shop, Helper, metadata={"plan": plan}, llm=ScriptedLLM(*[A_DOLLAR] * 2))
+            session.ask("Hi")
+            if calls == 1:
+                with pytest.raises(BudgetExceeded, match=r"metadata\.plan='free'"):
+                    session.ask("More")
+            else:
+                session.ask("More")
+        (status,) = budget_status(shop)
+        assert (status.who, status.spent) == ({"metadata.plan": "free"}, 1)
+
+
+def test_a_key_that_no_database_can_hold_is_refused():
+    with pytest.raises(InvalidValue, match="the by of a Budget is"):
+        Budget(1, by="metadata.a\0")

@@ -268,6 +268,17 @@ def test_what_is_not_known_comes_last(store: Store, three: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("listed", [chats, requests])
+def test_without_a_table_of_sessions_no_chat_has_an_agent(database_url: str, listed: Any) -> None:
+    with connect(database_url) as store:
+        store.create_tables()
+        a_chat(store, "Hi.").ask("Hello")
+        with store.connection():
+            store.database.drop_tables([store.records.agent_session], cascade=not store.is_sqlite)
+
+        assert [line.agent_class for line in listed(store, order="-agent_class")] == [None]
+
+
+@pytest.mark.parametrize("listed", [chats, requests])
 def test_what_cannot_be_asked_for_is_refused(sqlite_store: Store, listed: Any) -> None:
     for order in ("nonsense", "-title" if listed is chats else "error_message", 3, "cost; DROP TABLE llm_chat"):
         with pytest.raises(InvalidValue, match="cannot order by"):

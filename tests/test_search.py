@@ -220,6 +220,14 @@ def test_chats_and_times_can_be_chosen(store: Store) -> None:
     ]
 
 
+def test_a_word_ends_where_the_punctuation_of_its_script_stands(store: Store) -> None:
+    words = ["किताब।", "كتاب،", "գիրք՞", "ספר־", "ကြောင်။", "ドラマ・", "λόγος·"]
+    said(store, *(f"x {word}y" for word in words))
+
+    for word in words:
+        assert [each.hits for each in search(store, word[:-1])] == [((2, 1 + len(word)),)], word
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
@@ -368,6 +376,11 @@ def test_plain_sql_is_found_whatever_its_conflicts_do(store: Store) -> None:
         assert found(store, "plum") == ["plum three"]
         write(9, "plum five", begin="INSERT OR REPLACE INTO")
         assert (found(store, "plum"), found(store, "three")) == (["plum five"], [])
+        write(9, "plum six", begin="INSERT OR REPLACE INTO")
+        run(store, "DELETE FROM llm_message WHERE id = ?", key)
+        write(9, "plum seven")
+        write(10, "plum", " ON CONFLICT (id) DO UPDATE SET content = excluded.content")
+        assert (found(store, "plum"), found(store, "three")) == (["plum"], [])
     another = uuid7().hex
     run(store, "UPDATE llm_message SET id = ? WHERE id = ?", another, key)
     assert [str(each.message_id) for each in search(store, "plum")] == [str(UUID(another))]
@@ -443,9 +456,10 @@ def test_without_a_table_of_tool_calls_messages_are_found(database_url: str) -> 
 def test_of_a_word_that_postgresql_knows_parts_of_the_whole_is_there(postgres_url: str) -> None:
     with connect(postgres_url) as store:
         store.create_tables()
-        said(store, "a part of it", "the \U00039099part")
+        said(store, "a part of it", "the \U00039099part", "9 m of it", "9 m² of it")
 
         assert found(store, "\U00039099part") == ["the \U00039099part"]
+        assert found(store, "m²") == ["9 m² of it"]
 
 
 def test_the_index_of_postgresql_is_used(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

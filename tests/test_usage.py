@@ -10,23 +10,28 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import peewee as pw
 import pytest
 from freezegun import freeze_time
 
 from llm_orm import (
+    Budget,
     Chat,
     InvalidValue,
     Store,
     UnknownKeyword,
     UsageRow,
     ausage,
+    budget_status,
+    chats,
     connect,
     create_agent_session,
     create_chat,
     define_agent,
+    requests,
     usage,
 )
-from llm_orm.records import uuid7
+from llm_orm.records import LlmChat, uuid7
 from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 
 NOON = datetime(2026, 11, 2, 12, tzinfo=UTC)
@@ -115,6 +120,16 @@ def test_without_bounds_it_goes_from_the_first_request_to_now(store):
     assert [row.day.day for row in usage(store, by="day")] == [2, 3, 4]
     assert [row.day.day for row in usage(store, by="day", since="1d")] == [3, 4]
     assert [row.day.day for row in usage(store, by="day", since=timedelta(hours=36))] == [3, 4]
+
+
+def test_tool_calls_without_a_request_are_in_their_days(store):
+    def fine() -> str:
+        return "done"
+
+    quiet: Any = {"llm": ScriptedLLM(Call("fine"), "Hi."), "tools": [fine], "persistence": {"requests": False}}
+    with freeze_time(NOON):
+        create_chat(store, model="m", **quiet).ask("Hello")
+    assert figures(usage(store, by="day"), "day", "tool_calls")[0] == (date(2026, 11, 2), 1)
 
 
 def test_a_span_begins_with_its_first_moment_and_ends_before_its_last(store):
@@ -217,6 +232,26 @@ def test_requests_are_grouped_by_agent(store):
     spend(store)
     assert set(figures(usage(store, by="agent_class"), "agent_class", "requests")) == {("Helper", 1), (None, 1)}
     assert usage(store, by=(), where={"agent_class": "Helper"})[0].requests == 1
+
+
+def test_the_metadata_of_an_agents_session_counts_where_the_chat_has_none_of_that_name(store):
+    agent = define_agent("Helper", model="m")
+    for metadata in ({"plan": "free", "seats": 3}, {"plan": None}, None):
+        create_agent_session(store, agent, metadata=metadata, llm=ScriptedLLM("Hi.")).ask("Hello?")
+    both = create_agent_session(store, agent, metadata={"plan": "free"}, llm=ScriptedLLM("Hi."))
+    both.ask("Hello?")
+    with store.connection():
+        store.records.chat.update(metadata={"plan": "pro"}).where(store.records.chat.id == both.chat_id).execute()
+    rows = usage(store, by="metadata.plan")
+    assert dict(figures(rows, "metadata.plan", "requests")) == {"free": 1, "pro": 1, None: 2}
+    for where, count in (
+        ({"metadata.plan": "free"}, 1),
+        ({"metadata.plan": "pro"}, 1),
+        ({"metadata.seats": 3}, 1),
+        ({"metadata.plan": None}, 2),
+    ):
+        assert usage(store, by=(), where=where)[0].requests == count, where
+        assert len(chats(store, where=where)) == count, where
 
 
 def test_requests_of_deleted_chats_count_and_what_the_chat_said_is_unknown(store):
@@ -374,6 +409,20 @@ def test_with_a_time_the_limit_is_of_groups_and_each_has_all_its_periods(store):
     assert figures(days, "day", "cost") == [(date(2026, 11, 1), 9)]
 
 
+def test_what_is_ordered_by_need_not_be_asked_for(store):
+    for model, cost, took in (("a", "1", 30), ("b", "3", 10), ("c", "2", 20)):
+        spend(store, model=model, cost=cost, duration_ms=took)
+    for options, models in (
+        ({"order": "-cost"}, "bca"),
+        ({"order": "duration_p95_ms"}, "bca"),
+        ({}, "bca"),
+        ({"order": "-cost", "limit": 1}, "b"),
+    ):
+        rows = usage(store, by="model", measures="requests", **options)
+        assert "".join(row.model for row in rows) == models
+        assert {(row.requests, row.cost, row.duration_p95_ms) for row in rows} == {(1, None, None)}
+
+
 def test_only_the_measures_that_were_asked_for_are_counted(store):
     spend(store)
     (row,) = usage(store, by="model", measures=("cost", "duration_avg_ms", "duration_p95_ms"))
@@ -402,6 +451,8 @@ def test_a_row_has_its_groups_and_measures_as_attributes_and_by_name(store):
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"by": None}, InvalidValue, "by=None"),
+    ({"by": "metadata."}, InvalidValue, "no key behind"),
     ({"by": "modl"}, UnknownKeyword, "does not know 'modl'.*did you mean 'model'"),
     ({"by": ("day", "hour")}, InvalidValue, "group by one of hour, day, week, month"),
     ({"by": ("model", "model")}, InvalidValue, "each name once"),
@@ -412,8 +463,13 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"where": "user_id"}, InvalidValue, "where is like"),
     ({"where": {"status": "many"}}, InvalidValue, "where='status' cannot be 'many'"),
     ({"where": {"streamed": "perhaps"}}, InvalidValue, "true or false"),
-    ({"where": {"chat": "x"}}, InvalidValue, "not the id of a chat"),
-    ({"where": {"model": 7}}, InvalidValue, "a text, not 7"),
+    ({"where": {"chat": "x"}}, InvalidValue, r"usage\(\): where='chat' .* not the id of a chat"),
+    ({"where": {"model": 7}}, InvalidValue, r"usage\(\): where='model' .* a text, not 7"),
+    ({"where": 5}, InvalidValue, "where is like"),
+    ({"by": None}, InvalidValue, "by=None: it is a name"),
+    ({"by": ("model", ["day"])}, InvalidValue, r"\['day'\] is none"),
+    ({"measures": 5}, InvalidValue, "measures=5: it is a name"),
+    ({"by": "month", "since": "9999-11-01", "until": "9999-12-31"}, InvalidValue, "ends with the year 9999"),
     ({"where": {"metadata.plan": [1, {}]}}, InvalidValue, "a text, a number or a bool"),
     ({"where": {"user_id": "a\0"}}, InvalidValue, "NUL"),
     ({"since": "yesterday"}, InvalidValue, "since='yesterday' is not a time"),
@@ -436,6 +492,53 @@ def test_what_it_cannot_be_asked_is_refused_with_a_reason(sqlite_url, options, e
         store.create_tables()
         with pytest.raises(error, match=text):
             usage(store, **options)
+
+
+def test_it_may_be_asked_while_rows_of_the_same_connection_are_read(store):
+    for _ in range(3):
+        spend(store)
+    with store.connection():
+        read = [usage(store, by=())[0].duration_p50_ms for _ in store.records.request.select().iterator()]
+    assert read == [100, 100, 100]
+
+
+def test_a_column_that_is_called_as_one_of_its_names_does_not_take_it_over(database_url):
+    from peewee import TextField
+
+    own = {name: TextField(null=True) for name in ("status", "source", "error", "tool", "streamed")}
+    with connect(database_url, chat_fields=own) as store:
+        store.create_tables()
+        spend(store, a_chat(store, **dict.fromkeys(own, "theirs")), status_code=429, error="RateLimitError")
+        rows = usage(store, by=("status", "source", "error", "streamed"), where={"status": "429"})
+        assert figures(rows, "status", "source", "error", "streamed") == [(429, "chat", "RateLimitError", False)]
+        assert usage(store, by="tool") == requests(store, where={"error": "theirs"}) == []
+        assert [line.columns["status"] for line in chats(store, where={"status": "theirs"})] == ["theirs"]
+        by_theirs = budget_status(store, [Budget("1", per="total", by="status", where={"error": "theirs"})])
+        assert [(each.who, each.spent) for each in by_theirs] == [({"status": "theirs"}, Decimal("0.25"))]
+
+
+def test_a_foreign_key_is_compared_with_a_row_or_its_key(sqlite_url):
+    with connect(sqlite_url) as tables:
+
+        class Team(pw.Model):
+            id: Any = pw.AutoField()
+
+            class Meta:
+                database = tables.database
+
+        class TeamChat(LlmChat):
+            team = pw.ForeignKeyField(Team, null=True)
+
+        with connect(tables.database, models=[TeamChat]) as store:
+            tables.database.create_tables([Team])
+            store.create_tables()
+            team = Team.create()
+            spend(store, a_chat(store, team=team))
+            for given in (team, team.id):
+                (row,) = usage(store, by="team", where={"team": given})
+                assert (row.team, row.requests, len(chats(store, where={"team": given}))) == (team.id, 1, 1)
+                (status,) = budget_status(store, [Budget("1", per="total", where={"team": given})])
+                assert status.spent == Decimal("0.25")
 
 
 def test_it_is_one_query(store, monkeypatch):
@@ -492,3 +595,11 @@ def test_both_databases_give_the_same_rows(sqlite_url, postgres_url):
 def test_asyncio_has_it_too(store):
     spend(store)
     assert asyncio.run(ausage(store, by="model")) == usage(store, by="model")
+
+
+def test_a_column_of_json_is_no_group_on_postgresql(postgres_url):
+    with connect(postgres_url, chat_fields={"tags": pw.JSONField(null=True)}) as store:
+        store.create_tables()
+        spend(store, a_chat(store, tags=["a"]))
+        with pytest.raises(InvalidValue, match=r"by=\['tags'\].* cannot be a group"):
+            usage(store, by="tags")

@@ -49,7 +49,7 @@ CREATE INDEX "llm_message_created_at" ON "llm_message" ("created_at");
 
 CREATE UNIQUE INDEX "llm_message_one_pending" ON "llm_message" ("chat_id") WHERE status = 'pending';
 
-CREATE INDEX "llm_message_search" ON "llm_message" USING GIN (to_tsvector('simple'::regconfig, regexp_replace("left"("content", 200000), '[\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u3000-\u3004\u3008-\u3020\u3030\ufe00-\ufe0f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff]+', ' ', 'g'))) WHERE content IS NOT NULL AND status <> 'pending' AND substr(content, 1, 7) <> 'enc:v1:';
+CREATE INDEX "llm_message_search" ON "llm_message" USING GIN (to_tsvector('simple'::regconfig, regexp_replace("left"("content", 200000), '[\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u037e\u0387\u055a-\u055f\u0589\u058a\u05be\u05c0\u05c3\u05c6\u05f3\u05f4\u060c\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0964\u0965\u0e4f\u0e5a\u0e5b\u0f04-\u0f14\u104a-\u104f\u1360-\u1368\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u2e00-\u2e2e\u2e30-\u2e5d\u3000-\u3004\u3008-\u3020\u3030\u303d\u30a0\u30fb\ufe00-\ufe19\ufe30-\ufe6b\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff]+', ' ', 'g'))) WHERE content IS NOT NULL AND status <> 'pending' AND substr(content, 1, 7) <> 'enc:v1:';
 
 CREATE TABLE "llm_tool_call" (
     "id" UUID NOT NULL PRIMARY KEY,
@@ -83,7 +83,7 @@ CREATE INDEX "llm_tool_call_chat_id_turn_id" ON "llm_tool_call" ("chat_id", "tur
 
 CREATE INDEX "llm_tool_call_created_at" ON "llm_tool_call" ("created_at");
 
-CREATE INDEX "llm_tool_call_search" ON "llm_tool_call" USING GIN (to_tsvector('simple'::regconfig, regexp_replace("left"("result", 200000), '[\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u3000-\u3004\u3008-\u3020\u3030\ufe00-\ufe0f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff]+', ' ', 'g'))) WHERE result IS NOT NULL AND substr(result, 1, 7) <> 'enc:v1:';
+CREATE INDEX "llm_tool_call_search" ON "llm_tool_call" USING GIN (to_tsvector('simple'::regconfig, regexp_replace("left"("result", 200000), '[\u0001-\u002f\u003a-\u0040\u005b-\u0060\u007b-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7\u037e\u0387\u055a-\u055f\u0589\u058a\u05be\u05c0\u05c3\u05c6\u05f3\u05f4\u060c\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0964\u0965\u0e4f\u0e5a\u0e5b\u0f04-\u0f14\u104a-\u104f\u1360-\u1368\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u2000-\u206f\u20a0-\u20cf\u2190-\u245f\u2500-\u2775\u2794-\u2bff\u2e00-\u2e2e\u2e30-\u2e5d\u3000-\u3004\u3008-\u3020\u3030\u303d\u30a0\u30fb\ufe00-\ufe19\ufe30-\ufe6b\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufff9-\uffff\U0001f000-\U0001faff]+', ' ', 'g'))) WHERE result IS NOT NULL AND substr(result, 1, 7) <> 'enc:v1:';
 
 CREATE TABLE "llm_request" (
     "id" UUID NOT NULL PRIMARY KEY,

@@ -263,7 +263,7 @@ GROUP BY chat_id;
 CREATE VIRTUAL TABLE "llm_search" USING fts5(words, content = '', tokenize = 'unicode61 remove_diacritics 0');
 
 CREATE TABLE "llm_search_row" (
-    id INTEGER NOT NULL PRIMARY KEY,
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
     kind TEXT NOT NULL,
     row_id TEXT NOT NULL,
     UNIQUE (row_id, kind)
