@@ -537,7 +537,7 @@ def _steps(draft: _Draft) -> list[Step]:
     for reply in draft.replies:
         _add_what_was_said(draft, reply, order, behind, said, place_of)
     steps: list[Step] = []
-    for index in sorted(range(len(order)), key=lambda index: (_time(order[index]), index)):
+    for index in _in_order(order):
         steps.append(_model_call(order[index], index < len(draft.requests), said.get(index, {})))
         steps += behind.get(index, ())
     return steps
@@ -591,13 +591,28 @@ def _add_what_was_said(
 
 
 def _nearest(requests: list[Any], row: Any) -> int | None:
-    """Which of the calls of a model asked for a tool: of its round and message; of several tries, the nearest."""
+    """Which of the calls of a model asked for a tool: of its round and message, one that did not fail; the nearest."""
     places = [i for i, each in enumerate(requests) if each.round == row.round and each.message_id == row.message_id]
-    return min(places, key=lambda i: abs(requests[i].created_at - row.created_at), default=None)
+
+    def distance(place: int) -> tuple[bool, timedelta, int]:
+        return requests[place].error is not None, abs(requests[place].created_at - row.created_at), -place
+
+    return min(places, key=distance, default=None)
 
 
-def _time(row: Any) -> datetime:
-    return row.created_at
+def _in_order(calls: list[Any]) -> list[int]:
+    """The places of calls of a model as they were made: those of one reply by round, the rest by time."""
+    began: dict[Any, datetime] = {}
+    for row in calls:
+        began[row.message_id] = min(row.created_at, began.get(row.message_id, row.created_at))
+
+    def order(place: int) -> tuple[Any, ...]:
+        row = calls[place]
+        # Tries that were rolled back have no message, and each of them begins with round 0.
+        rounds = (row.created_at,) if row.message_id is None else (began[row.message_id], row.round)
+        return (*rounds[:1], str(row.message_id or ""), *rounds[1:], row.created_at, getattr(row, "attempt", 0), place)
+
+    return sorted(range(len(calls)), key=order)
 
 
 def _thinking(message: Mapping[str, Any]) -> str | None:

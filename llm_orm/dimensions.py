@@ -144,7 +144,8 @@ def _has_in_metadata(store: Store, name: str, value: Any) -> tuple[str, tuple]:
 
 
 def _status(given: Any) -> int:
-    if isinstance(given, bool) or not isinstance(given, int | str):
+    is_text = isinstance(given, str) and given.isascii() and given.isdecimal()
+    if isinstance(given, bool) or not (is_text or isinstance(given, int)):
         raise InvalidValue(f"a status is one of HTTP, such as 429, not {given!r}")
     return int(given)
 

@@ -260,7 +260,10 @@ class ChatGone(TurnFailed):
 def meant(name: str, known: Iterable[str]) -> str | None:
     """The known name that a misspelt one is likely to stand for."""
     plain = {each.replace("_", "").lower(): each for each in known}
-    found = difflib.get_close_matches(name.replace("_", "").lower(), plain, n=1, cutoff=0.85)
+    name = name.replace("_", "").lower()
+    found = difflib.get_close_matches(name, plain, n=1, cutoff=0.85)
+    if not found:  # two letters that changed places: the shorter the name, the less is it like what was meant
+        found = [each for each in difflib.get_close_matches(name, plain, cutoff=0.75) if sorted(each) == sorted(name)]
     return plain[found[0]] if found else None
 
 

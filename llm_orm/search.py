@@ -76,7 +76,7 @@ def search(
     """The messages and the results of tools in which all words of the text stand, the best first, then the newest.
 
     text     refund order; "quoted phrase": next to each other; refu*: begins so. Case and punctuation do not matter,
-             and whatever the text is, it is no error
+             and no text of up to 500 characters is an error
     where    which chats: {"user_id": "u_1"}, as in `erase`; default: all
     since    said at this moment or later; `until`: before this one. As in `usage`
     limit    so many, after the first `offset`
@@ -87,10 +87,13 @@ def search(
     """
     store = as_store(store)
     for name, number in (("limit", limit), ("offset", offset)):
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
-            raise InvalidValue(f"{name}={number!r}: {name} must be a whole number, 0 or more")
-    if not isinstance(text, str) or len(text) > LONGEST_TEXT:
-        raise InvalidValue(f"search() takes a text of {LONGEST_TEXT} characters at the most, not {_short(text)}")
+        least = 1 if name == "limit" else 0
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number < 2**31:
+            raise InvalidValue(f"{name}={number!r}: {name} must be a whole number, {least} or more")
+    if not isinstance(text, str):
+        raise InvalidValue(f"search() takes a text, not {text!r}")
+    if len(text) > LONGEST_TEXT:
+        raise InvalidValue(f"search() takes a text of {LONGEST_TEXT} characters at the most, not one of {len(text)}")
     if store.is_encrypted:
         raise WrongSetup(
             "search() finds nothing in an encrypted store: what the database holds are tokens, and it has no words to "
@@ -120,10 +123,6 @@ async def asearch(
     return await store.off_the_loop(
         lambda: search(store, text, where=where, since=since, until=until, limit=limit, offset=offset)
     )
-
-
-def _short(text: Any) -> str:
-    return f"one of {len(text)}" if isinstance(text, str) else repr(text)
 
 
 # What is searched for

@@ -273,9 +273,7 @@ class _Query:
             try:
                 requests, tools = found.get(key, ({}, {}))
             except TypeError:  # a column of JSON or an array, of PostgreSQL
-                raise InvalidValue(
-                    f"by={self.names!r}: one of them has values such as {key!r}, which are no groups"
-                ) from None
+                raise InvalidValue(f"by={self.names!r}: {key!r} cannot be a group; metadata.key can") from None
             found[key] = (requests, sums) if of_tools else (sums, tools)
         return found
 

@@ -46,6 +46,8 @@ class Lines:
             return "jsonl"
         if isinstance(first, dict) and "messages" in first:
             return "openai"
+        if not self._first:
+            raise InvalidValue("it is empty: there is nothing to import")
         raise InvalidValue(
             f"it begins with {(self._first or b'')[:40].decode(errors='replace')!r}, which is neither the first line "
             'of an export() in "jsonl" nor a chat of OpenAI\'s, {"messages": […]}; nor a file of SQLite'
@@ -116,7 +118,8 @@ class Ours:
         if unknown:
             raise InvalidValue(
                 f"the file has columns that the store does not have: {', '.join(unknown)}; give them to connect(…, "
-                "chat_fields=…) or models=…, and make them in the tables; nothing was imported"
+                "chat_fields=…) or models=…, and make them in the tables; on the command line: "
+                "llm-orm migrate --store MODULE:NAME, then import with that --store; nothing was imported"
             )
 
     def chats(self) -> Iterator[Incoming]:
