@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -516,6 +516,7 @@ def _stats(draft: _Draft) -> Stats:
 
 def _steps(draft: _Draft) -> list[Step]:
     """The calls of models, and behind each of them those of the tools that it asked for."""
+    draft.requests = [draft.requests[place] for place in _in_order(draft.requests)]
     order: list[Any] = list(draft.requests)
     said: dict[int, dict[str, Any]] = {}  # by the place in `order`
     behind: dict[int, list[ToolRun]] = {}
@@ -594,8 +595,8 @@ def _nearest(requests: list[Any], row: Any) -> int | None:
     """Which of the calls of a model asked for a tool: of its round and message, one that did not fail; the nearest."""
     places = [i for i, each in enumerate(requests) if each.round == row.round and each.message_id == row.message_id]
 
-    def distance(place: int) -> tuple[bool, timedelta, int]:
-        return requests[place].error is not None, abs(requests[place].created_at - row.created_at), -place
+    def distance(place: int) -> tuple[bool, timedelta]:
+        return requests[place].error is not None, abs(requests[place].created_at - row.created_at)
 
     return min(places, key=distance, default=None)
 
@@ -607,10 +608,10 @@ def _in_order(calls: list[Any]) -> list[int]:
         began[row.message_id] = min(row.created_at, began.get(row.message_id, row.created_at))
 
     def order(place: int) -> tuple[Any, ...]:
-        row = calls[place]
+        row, key = calls[place], calls[place].message_id
         # Tries that were rolled back have no message, and each of them begins with round 0.
-        rounds = (row.created_at,) if row.message_id is None else (began[row.message_id], row.round)
-        return (*rounds[:1], str(row.message_id or ""), *rounds[1:], row.created_at, getattr(row, "attempt", 0), place)
+        first = row.created_at if key is None else began[key]
+        return first, str(key), row.round, row.created_at, getattr(row, "attempt", 0), place
 
     return sorted(range(len(calls)), key=order)
 

@@ -43,6 +43,8 @@ class UsageRow:
     """With those that were read from the provider's cache, or written to it."""
     output_tokens: Any = None
     """With those that were thought."""
+    total_tokens: Any = None
+    """Both together."""
     cached_tokens: Any = None
     cache_write_tokens: Any = None
     thinking_tokens: Any = None
@@ -209,6 +211,7 @@ its own way."""
 
 _MADE_OF = {
     "requests": ("size",),
+    "total_tokens": ("input_tokens", "output_tokens"),
     "duration_avg_ms": ("duration_ms", "timed"),
     "duration_p50_ms": ("duration_ranks",),
     "duration_p95_ms": ("duration_ranks",),
@@ -337,8 +340,9 @@ def _measure(store: Store, name: str, sums: Sums) -> Any:
     if name == "duration_avg_ms":
         count = sums.get("timed") or sums.get("size")
         return round(int(sums["duration_ms"]) / count, 1) if count and sums["duration_ms"] is not None else None
-    value = sums.get(_MADE_OF.get(name, (name,))[0])
-    return value if name == "duration_max_ms" else int(value or 0)
+    if name == "duration_max_ms":
+        return sums.get(name)
+    return sum(int(sums.get(part) or 0) for part in _MADE_OF.get(name, (name,)))
 
 
 def _stored(time: datetime) -> str:

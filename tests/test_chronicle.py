@@ -116,6 +116,29 @@ def test_a_turn_is_told_in_the_order_in_which_it_happened(store: Store) -> None:
     assert_sums(found)
 
 
+def test_what_a_clock_cannot_order_rounds_do(store: Store) -> None:
+    script = (
+        ProviderError(429, "slow down"),
+        Say("I look.", calls=[Call("echo", text="a")]),
+        ProviderError(503, "down"),
+        Say("Again.", calls=[Call("echo", text="b")]),
+        "Done.",
+    )
+    chat = a_chat(store, *script, retries=AT_ONCE)
+    chat.ask("Hello")
+    expected = ["ProviderError", "I look.", ("echo", "a"), "ProviderError", "Again.", ("echo", "b"), "Done."]
+    requests: Any = store.records.request
+    for seconds_per_round in (0, -1):  # a clock that stands, and one that is put back
+        for row in store.found(requests.select()):
+            for record in (requests, store.records.tool_call):
+                moment = chat.record.created_at + timedelta(seconds=seconds_per_round * row.round)
+                with store.connection():
+                    record.update(created_at=moment).where(record.round == row.round).execute()
+        (turn,) = told(chat).turns
+        assert in_short(turn.steps) == expected
+        assert [step.attempt for step in turn.steps if isinstance(step, ModelCall)] == [1, 2, 1, 2, 1]
+
+
 def test_it_asks_each_table_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = a_chat(store, *[Say(calls=[Call("echo", text="a")]), "Done."] * 4)
     for _ in range(4):

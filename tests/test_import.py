@@ -312,7 +312,7 @@ def test_a_store_without_a_table_says_so(sqlite_store):
     [
         ("no such file", {}, "cannot read 'no such file': No such file"),
         (7, {}, "source=7: import_chats() reads a path, an open file, lines, or"),
-        (io.StringIO(""), {}, "neither the first line of an export"),
+        (io.StringIO(""), {}, "it is empty: there is nothing to import"),
         (io.StringIO("id,model\n"), {}, "it begins with 'id,model"),
         (io.StringIO('{"llm_orm": 2}\n'), {}, "its format is version 2, and this llm_orm reads version 1"),
         (io.StringIO("{}"), {"format": "jsonl"}, "its format is version None"),

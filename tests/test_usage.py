@@ -65,6 +65,7 @@ def test_without_anything_to_group_by_there_is_one_row_of_totals(store):
         "retried_requests": 1,
         "input_tokens": 11,
         "output_tokens": 6,
+        "total_tokens": 17,
         "cached_tokens": 4,
         "cache_write_tokens": 2,
         "thinking_tokens": 3,

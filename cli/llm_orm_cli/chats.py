@@ -6,15 +6,20 @@ import click
 
 from .application import opened_with_its_columns, store_option
 from .options import csv_option, database_options, json_option, not_both, span_options, where_option
-from .output import is_terminal, print_json, print_rows
+from .output import SHORTEST_CUT, columns_left, is_terminal, print_json, print_rows, shown_cost
 
 if TYPE_CHECKING:
+    from datetime import datetime, tzinfo
+    from uuid import UUID
+
     from llm_orm import ChatLine, Store
 
 SEARCHED_AT_ONCE = 100
 
-LENGTHS = (13, 18, 36)
-"""Characters of an id: its time; with 12 bits of chance; all of it. "llm-orm show" takes the shorter ones for it."""
+SHORTEST_ID = 8
+"""Characters of an id on a terminal, where that is enough to tell it from all others."""
+
+IDS_AT_ONCE = 500
 
 MOST_SHOWN = 1000
 """Of the chats of one search."""
@@ -57,6 +62,7 @@ def chats(
     With --since and --until, those in which something was said in that time. See one of them with "llm-orm show ID".
     """
     from llm_orm import chats as chats_of
+    from llm_orm.periods import zone
 
     not_both(as_json, as_csv)
     where = conditions or None
@@ -66,7 +72,6 @@ def chats(
             snippets: list[str | None] | None = None
         else:
             from llm_orm.filters import span
-            from llm_orm.periods import zone
 
             first, end = span(since, until, zone(tz))
             found = _found(store, text, min(limit, MOST_SHOWN), where=where, since=first, until=end)
@@ -76,7 +81,10 @@ def chats(
             lines = [by_id[key] for key in found if key in by_id]
             snippets = [found[line.id] for line in lines]
         own = store.chat_columns
-    _print(lines, own, snippets, as_json=as_json, as_csv=as_csv)
+        if as_json or as_csv or not is_terminal():
+            _print(lines, snippets, as_json=as_json, as_csv=as_csv)
+        else:
+            _draw(lines, own, snippets, _short_ids(store, [line.id for line in lines]), zone(tz))
 
 
 def _found(store: "Store", text: str, limit: int, **which: Any) -> dict[Any, str]:
@@ -96,22 +104,17 @@ def _found(store: "Store", text: str, limit: int, **which: Any) -> dict[Any, str
     return found
 
 
-def _print(
-    lines: list["ChatLine"], own: list[str], snippets: list[str | None] | None, *, as_json: bool, as_csv: bool
-) -> None:
-    more = [{} if snippets is None else {"found": snippets[place]} for place in range(len(lines))]
+def _print(lines: list["ChatLine"], snippets: list[str | None] | None, *, as_json: bool, as_csv: bool) -> None:
+    more = _found_in(lines, snippets)
     if as_json:
         print_json([line.as_dict() | extra for line, extra in zip(lines, more, strict=True)])
-    elif not as_csv and is_terminal():
-        length = next(each for each in LENGTHS if len({str(line.id)[:each] for line in lines}) == len(lines))
-        rows = [
-            {"id": str(line.id)[:length]} | _short(line, own, lines) | extra
-            for line, extra in zip(lines, more, strict=True)
-        ]
-        print_rows(_names(rows), [list(row.values()) for row in rows], cut=("title", "found"))
     else:
         rows = [_flat(line) | extra for line, extra in zip(lines, more, strict=True)]
         print_rows(_names(rows) or FLAT, [list(row.values()) for row in rows], as_csv=as_csv)
+
+
+def _found_in(lines: list["ChatLine"], snippets: list[str | None] | None) -> list[dict[str, str | None]]:
+    return [{} if snippets is None else {"found": snippets[place]} for place in range(len(lines))]
 
 
 FLAT = (
@@ -128,8 +131,63 @@ def _flat(line: "ChatLine") -> dict[str, Any]:
     return {name: getattr(line, name) for name in FLAT} | dict(line.columns)
 
 
-def _short(line: "ChatLine", own: list[str], lines: list["ChatLine"]) -> dict[str, Any]:
-    """What a terminal has room for; columns of the application where any of the chats has a value there."""
-    shown: dict[str, Any] = {"updated": f"{line.updated_at:%Y-%m-%d %H:%M}", "title": line.title, "model": line.model}
-    shown |= {"turns": line.turns, "cost": line.cost}
-    return shown | {name: line.columns[name] for name in own if any(each.columns[name] is not None for each in lines)}
+def _draw(
+    lines: list["ChatLine"], own: list[str], snippets: list[str | None] | None, ids: list[str], tz: "tzinfo"
+) -> None:
+    """What a terminal has room for."""
+    own = [name for name in own if any(line.columns[name] is not None for line in lines)]
+    rows = [
+        {"id": key} | _short(line, own, lines, tz) | extra
+        for key, line, extra in zip(ids, lines, _found_in(lines, snippets), strict=True)
+    ]
+    names = _names(rows)
+    for name in ("turns", *reversed(own), MODEL, MODEL_OR_AGENT, "updated", *(["title"] if snippets else [])):
+        if name in names and not _has_room(names, rows):
+            names.remove(name)
+    print_rows(names, [[row[name] for name in names] for row in rows], cut=CUT, whole=("id", "updated"))
+
+
+CUT = ("title", "found")
+
+MODEL, MODEL_OR_AGENT = "model", "agent or model"
+"""An agent's chat need not say which model: its class does."""
+
+
+def _has_room(names: list[str], rows: list[dict[str, Any]]) -> bool:
+    """Whether each of the texts has so much of the terminal that it says something."""
+    texts = [name for name in names if name in CUT]
+    cells = [["" if name in texts else row[name] for name in names] for row in rows]
+    return columns_left(names, cells) + sum(map(len, texts)) >= SHORTEST_CUT * len(texts)
+
+
+def _short(line: "ChatLine", own: list[str], lines: list["ChatLine"], tz: "tzinfo") -> dict[str, Any]:
+    shown: dict[str, Any] = {"updated": _time(line.updated_at.astimezone(tz)), "title": line.title}
+    shown[MODEL_OR_AGENT if any(each.agent_class for each in lines) else MODEL] = line.agent_class or line.model
+    shown |= {"turns": line.turns, "cost": shown_cost(line.cost, line.requests, line.unpriced_requests)}
+    return shown | {name: line.columns[name] for name in own}
+
+
+def _time(moment: "datetime") -> str:
+    from llm_orm.records import now
+
+    is_of_this_year = moment.year == now().astimezone(moment.tzinfo).year
+    return f"{moment:%m-%d %H:%M}" if is_of_this_year else f"{moment:%Y-%m-%d}"
+
+
+def _short_ids(store: "Store", keys: list["UUID"]) -> list[str]:
+    """The beginnings of ids by which "llm-orm show" finds them, all of one length."""
+    from llm_orm.values import as_uuid
+
+    chat: Any = store.records.chat
+    other = chat.alias("other")
+    length = SHORTEST_ID
+    for start in range(0, len(keys), IDS_AT_ONCE):
+        before = other.select(other.id).where(other.id < chat.id).order_by(other.id.desc()).limit(1)
+        after = other.select(other.id).where(other.id > chat.id).order_by(other.id).limit(1)
+        query = chat.select(chat.id, before.alias("before"), after.alias("after"))
+        for key, *neighbours in store.found(query.where(chat.id.in_(keys[start : start + IDS_AT_ONCE])).tuples()):
+            for neighbour in neighbours:
+                if neighbour is not None:
+                    pairs = enumerate(zip(str(key), str(as_uuid(neighbour)), strict=True), start=1)
+                    length = max(length, next(place for place, (ours, theirs) in pairs if ours != theirs))
+    return [str(key)[:length] for key in keys]

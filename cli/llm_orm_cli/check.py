@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .application import opened, store_option
-from .options import DURATION, chat_in, database_options, json_option
+from .options import DURATION, chat_named, chat_option, database_options, json_option
 from .output import print_json, print_rows
 
 MOST = 1000
@@ -22,7 +22,7 @@ MOST = 1000
     show_default=True,
     help="A turn without a sign of life for so long counts as dead: 90, 90s, 15m, 2h or 30d.",
 )
-@click.option("--chat", "chat_id", metavar="ID", help="Look at this chat only.")
+@chat_option("Look at this chat only.")
 @json_option
 @click.pass_context
 def check(context: click.Context, older_than: float, chat_id: str | None, as_json: bool, **database: Any) -> None:
@@ -37,7 +37,7 @@ def check(context: click.Context, older_than: float, chat_id: str | None, as_jso
     from llm_orm.soundness import counted
 
     with opened(**database) as store:
-        key = chat_in(store, chat_id)
+        key = None if chat_id is None else chat_named(store, chat_id)
         found = findings_in(store, stale_after=older_than, chat_id=key, limit=MOST)
         if as_json:
             print_json([dataclasses.asdict(finding) for finding in found])

@@ -1,14 +1,23 @@
 """`llm-orm dashboard`: the page in the browser."""
 
+import re
 import sys
 from typing import Any
 
 import click
 
-from .application import opened, store_option
+from .application import opened_with_its_columns, store_option
 from .options import database_options
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _path(context: click.Context, option: click.Parameter, value: str) -> str:
+    """The path as a mount has it: with a slash before it, and none behind."""
+    path = value.strip("/")
+    if not re.fullmatch(r"[\w.~/-]*", path, re.ASCII):
+        raise click.BadParameter(f"{value!r} is not a path of letters, digits and slashes, such as /llm")
+    return f"/{path}" if path else ""
 
 
 @click.command()
@@ -33,7 +42,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     "machine's own without a token, any with one.",
 )
 @click.option(
-    "--root-path", default="", metavar="PATH", help="The path to serve it under, as behind a proxy: /llm, for instance."
+    "--root-path",
+    default="",
+    metavar="PATH",
+    callback=_path,
+    help="The path to serve it under, as behind a proxy: /llm, for instance.",
 )
 @click.option("--no-open", is_flag=True, help="Do not open a browser.")
 def dashboard(
@@ -56,7 +69,7 @@ def dashboard(
         import secrets
 
         token = secrets.token_urlsafe(24)
-    with opened(**store) as opened_store:
+    with opened_with_its_columns(**store) as opened_store:
         app = create_app(opened_store, token=token, hosts=hostnames or None)
         _serve(app, host, port, root_path, token if is_made_up else None, opens=not no_open)
 
@@ -73,7 +86,7 @@ def _serve(app: Any, host: str, port: int, root_path: str, token: str | None, *,
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise click.ClickException(f"cannot listen at {host}:{port}: {error.strerror}; --port names another") from error
-    shown, root_path = f"[{host}]" if ":" in host else host, root_path.rstrip("/")
+    shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}{root_path}/"
     click.echo(f"The dashboard is at {address} (Ctrl-C ends it)")
     if token:

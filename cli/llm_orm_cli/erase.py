@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from .application import opened_with_its_columns, store_option
-from .options import database_options, json_option, where_option
+from .options import chat_named, chat_option, database_options, json_option, where_option
 from .output import print_values
+
+if TYPE_CHECKING:
+    from llm_orm import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -19,7 +22,7 @@ def which_chats(command: Command) -> Command:
         "Of which chats: user_id=u_1, model=gpt-4o, metadata.plan=free. Repeatable: all of them hold; of several "
         "values for one name, one does."
     )
-    chat = click.option("--chat", "chats", metavar="ID", multiple=True, help="A chat by its id; repeatable.")
+    chat = chat_option("A chat by its id; repeatable.", multiple=True)
     dry_run = click.option("--dry-run", is_flag=True, help="Count only; change nothing.")
     yes = click.option("--yes", is_flag=True, help="Do not ask first. Needed where nobody is there to be asked.")
     return where(chat(dry_run(yes(command))))
@@ -48,12 +51,12 @@ def erase(
     names of models and tools stay. Asks before it does so. Chats with a running turn are left alone and listed, and
     then it exits with 1.
     """
-    where = named(conditions, chats)
-    if not where:
+    if not (conditions or chats):
         raise click.UsageError("say which chats: --where user_id=u_1, or --chat ID")
     from llm_orm import erase as erase_chats
 
     with opened_with_its_columns(**database) as store:
+        where = named(store, conditions, chats)
         expected = erase_chats(store, where, columns=columns, dry_run=True)
         if dry_run:
             found = expected
@@ -68,10 +71,12 @@ def erase(
     context.exit(1 if found.busy else 0)
 
 
-def named(conditions: dict[str, list[Any]], chats: tuple[str, ...]) -> dict[str, Any]:
-    """What `where=` is in Python."""
-    ids = [*conditions.get("id", ()), *chats]
-    return conditions | ({"id": ids} if ids else {})
+def named(
+    store: "Store", conditions: dict[str, list[Any]], chats: tuple[str, ...], *, key: str = "id"
+) -> dict[str, Any]:
+    """What `where=` is in Python; `key` is what it calls the id of a chat."""
+    ids = [*conditions.get(key, ()), *(chat_named(store, each) for each in chats)]
+    return conditions | ({key: ids} if ids else {})
 
 
 def confirm(yes: bool, question: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from .application import opened_with_its_columns, store_option
-from .options import database_options, json_option, span_options, where_option
+from .erase import named
+from .options import chat_option, database_options, json_option, span_options, where_option
 from .output import print_values
 
 
@@ -25,7 +26,7 @@ from .output import print_values
     "Of which chats: user_id=u_1, model=gpt-4o, metadata.plan=free; with csv of which requests: status=429, "
     "error=Timeout. Repeatable: all of them hold; of several values for one name, one does."
 )
-@click.option("--chat", "chats", metavar="ID", multiple=True, help="A chat by its id; repeatable.")
+@chat_option("A chat by its id; repeatable.", multiple=True)
 @span_options
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
 @database_options
@@ -55,9 +56,10 @@ def export(
     from llm_orm import export as export_chats
 
     format = format or {".md": "markdown", ".csv": "csv"}.get(Path(to).suffix, "jsonl")
-    name = "chat" if format == "csv" else "id"
-    where = conditions | ({name: [*conditions.get(name, ()), *chats]} if chats else {})
+    if to != "-" and not force and Path(to).is_file():
+        raise click.ClickException(f"{to!r} is there already: name another, or replace it with --force")
     with opened_with_its_columns(**database) as store, progress(format) as told:
+        where = named(store, conditions, chats, key="chat" if format == "csv" else "id")
         target = sys.stdout.buffer if to == "-" else to
         found = export_chats(
             store,

@@ -21,6 +21,12 @@ TABLES = ("chat", "message", "tool_call", "request", "agent_session", "attachmen
 SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_S = 36500 * SECONDS["d"]
 
+NONE = "(none)"
+"""How --where says that nothing is there, as the dashboard's addresses do: user_id=(none)."""
+
+SHORTEST_PREFIX = 6
+"""Characters of an id, less its dashes, by which a chat is looked for."""
+
 
 class Duration(click.ParamType):
     """A span of time, in seconds: "90", "90s", "15m", "2h" or "30d"."""
@@ -79,8 +85,16 @@ def csv_option(command: Command) -> Command:
     return click.option("--csv", "as_csv", is_flag=True, help="Print CSV, for a spreadsheet.")(command)
 
 
+def chat_option(help: str, *, multiple: bool = False) -> Callable[[Command], Command]:
+    """--chat, as `chat_id`, or as `chats` where it may be given several times; `chat_named` finds what it says."""
+    name = "chats" if multiple else "chat_id"
+    help = f"{help} The beginning of its id will do, of {SHORTEST_PREFIX} characters at the least."
+    return click.option("--chat", name, metavar="ID", multiple=multiple, help=help)
+
+
 def where_option(help: str) -> Callable[[Command], Command]:
-    """--where, as `conditions`: {"user_id": ["u_1", …]}."""
+    """--where, as `conditions`: {"user_id": ["u_1", None, …]}."""
+    help = f'{help} "user_id={NONE}": without one.'
     return click.option("--where", "conditions", metavar="NAME=VALUE", multiple=True, callback=_conditions, help=help)
 
 
@@ -123,9 +137,6 @@ def environment_keys() -> list[str] | None:
     return os.environ.get("LLM_ORM_ENCRYPTION_KEYS", "").replace(",", " ").split() or None
 
 
-SHORTEST_PREFIX = 6
-
-
 def chat_named(store: "Store", text: str) -> "UUID":
     """The chat of an id, or of the beginning of one that no other has."""
     from uuid import UUID
@@ -144,17 +155,9 @@ def chat_named(store: "Store", text: str) -> "UUID":
             raise click.ClickException(f"{text!r} is the beginning of more than one chat's id: {shown}")
         key = found[0] if found else None
     if key is None or not store.read(store.statements.chat_exists(key)):
-        raise click.ClickException(f"there is no chat {text!r} in {store!r}")
-    return key
-
-
-def chat_in(store: "Store", chat_id: str | None) -> "UUID | None":
-    """The id that --chat gives, of a chat that is there; None without one. Its content need not be readable."""
-    from llm_orm.checks import as_key
-
-    key = None if chat_id is None else as_key(chat_id)
-    if chat_id is not None and (key is None or not store.read(store.statements.chat_exists(key))):
-        raise click.ClickException(f"there is no chat {chat_id!r} in {store!r}")
+        is_short = len(digits) < SHORTEST_PREFIX and re.fullmatch("[0-9a-f]+", digits)
+        hint = f": give at least {SHORTEST_PREFIX} characters of its id" if is_short else ""
+        raise click.ClickException(f"there is no chat {text!r} in {store!r}{hint}")
     return key
 
 
@@ -164,14 +167,18 @@ def _conditions(context: click.Context, option: click.Parameter, values: tuple[s
         name, equals, value = given.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"{given!r} is not NAME=VALUE")
-        conditions.setdefault(name, []).extend(_meant(value) if name.startswith("metadata.") else [value])
+        conditions.setdefault(name, []).extend(_meant(name, value))
     return conditions
 
 
-def _meant(value: str) -> list[Any]:
-    """What a value in JSON may be: 7 is a number, or the text of one."""
+def _meant(name: str, value: str) -> list[Any]:
+    """What a value may stand for: in metadata, 7 is a number, or the text of one."""
+    if value == NONE:
+        return [None]
+    if not name.startswith("metadata."):
+        return [value]
     try:
-        read = json.loads(value)
+        read = json.loads(value.lower() if value.lower() in ("true", "false") else value)
     except ValueError:
         return [value]
     is_plain = isinstance(read, bool | int) or (isinstance(read, float) and value not in ("NaN", "Infinity"))

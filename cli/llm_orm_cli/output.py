@@ -20,10 +20,12 @@ def print_rows(
     as_json: bool = False,
     as_csv: bool = False,
     cut: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> None:
     """Print rows under the names of their columns.
 
-    cut    columns that on a terminal are cut where they would be folded
+    cut      columns that on a terminal are cut where they would be folded
+    whole    columns that on a terminal are neither cut nor folded: ids that somebody may copy
     """
     rows = list(rows)
     if as_json:
@@ -31,7 +33,7 @@ def print_rows(
     elif as_csv:
         print_csv(columns, rows)
     elif is_terminal():
-        _draw(columns, _cut(columns, rows, cut) if cut else rows, title)
+        _draw(columns, _cut(columns, rows, cut) if cut else rows, title, whole)
     else:
         if title:
             click.echo(title)
@@ -108,9 +110,20 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 """Control characters but tab and newline, and what turns the direction of a line around."""
 
 
-def bars(values: Sequence[Any], columns: int) -> list[str]:
+class Figure(str):
+    """A figure with a word to it: it stands where numbers stand."""
+
+
+def shown_cost(cost: Decimal | None, requests: int | None, unpriced: int | None) -> Any:
+    """A cost as it is shown to people, who would take 0 for nothing: None where no request has a price."""
+    if cost is None or (unpriced and unpriced == requests):
+        return None
+    return Figure(f"{text(cost)} +{unpriced:,} unpriced") if unpriced else cost
+
+
+def bars(values: Sequence[Any], columns: int, largest: float | None = None) -> list[str]:
     """A bar for each of the values, the largest as long as there are columns."""
-    largest = max(map(float, values), default=0.0)
+    largest = max(map(float, values), default=0.0) if largest is None else largest
     if not largest or columns < 1:
         return ["" for _ in values]
     if "utf" not in (sys.stdout.encoding or "").lower():
@@ -135,6 +148,7 @@ def columns_left(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
 
 
 SHORTEST_CUT = 12
+"""Columns of the terminal that are left to a text that is cut."""
 
 
 def _cut(columns: Sequence[str], rows: Sequence[Sequence[Any]], cut: Sequence[str]) -> list[list[Any]]:
@@ -153,14 +167,16 @@ def _cut(columns: Sequence[str], rows: Sequence[Sequence[Any]], cut: Sequence[st
     return cut_rows
 
 
-def _draw(columns: Sequence[str] | None, rows: Sequence[Sequence[Any]], title: str | None) -> None:
+def _draw(
+    columns: Sequence[str] | None, rows: Sequence[Sequence[Any]], title: str | None, whole: Sequence[str] = ()
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        title=title,
+        title=None if title is None else Text(printable(title)),
         title_justify="left",
         title_style="bold",
         show_header=columns is not None,
@@ -171,11 +187,12 @@ def _draw(columns: Sequence[str] | None, rows: Sequence[Sequence[Any]], title: s
     for index, name in enumerate(columns or ("", "")):
         cells = [row[index] for row in rows if row[index] is not None]
         are_numbers = bool(cells) and all(_is_number(cell) for cell in cells)
-        table.add_column(name, justify="right" if are_numbers else "left", no_wrap=are_numbers, overflow="fold")
+        is_whole = are_numbers or name in whole
+        table.add_column(name, justify="right" if are_numbers else "left", no_wrap=is_whole, overflow="fold")
     for row in rows:
         table.add_row(*(Text("\N{EN DASH}" if value is None else printable(text(value))) for value in row))
     Console(file=sys.stdout, highlight=False).print(table)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal | Figure) and not isinstance(value, bool)

@@ -40,8 +40,8 @@ def prune(
     """
     from llm_orm import prune as prune_chats
 
-    options: dict[str, Any] = {"keep_requests": keep_requests, "where": named(conditions, chats) or None}
     with opened_with_its_columns(**database) as store:
+        options: dict[str, Any] = {"keep_requests": keep_requests, "where": named(store, conditions, chats) or None}
         found = prune_chats(store, older_than, dry_run=True, **options)
         if not dry_run:
             confirm(yes, f"Delete for good ({counted(found.as_dict())})?")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .application import opened, store_option
-from .options import DURATION, chat_in, database_options, json_option
+from .options import DURATION, chat_named, chat_option, database_options, json_option
 from .output import print_json, print_rows
 
 SHOWN = 60
@@ -23,7 +23,7 @@ SHOWN = 60
     show_default=True,
     help="Of turns that gave no sign of life for so long: 90, 90s, 15m, 2h or 30d.",
 )
-@click.option("--chat", "chat_id", metavar="ID", help="Of this chat only.")
+@chat_option("Of this chat only.")
 @click.option("--dry-run", is_flag=True, help="Show the turns; change nothing.")
 @json_option
 def recover(older_than: float, chat_id: str | None, dry_run: bool, as_json: bool, **database: Any) -> None:
@@ -38,7 +38,7 @@ def recover(older_than: float, chat_id: str | None, dry_run: bool, as_json: bool
     from llm_orm.recovery import recover as recovered
 
     with opened(**database) as store:
-        key = chat_in(store, chat_id)
+        key = None if chat_id is None else chat_named(store, chat_id)
         try:
             turns = recovered(store, older_than=older_than, chat_id=key, dry_run=dry_run)
         except InvalidValue as error:

@@ -18,6 +18,8 @@ LINES = 6
 
 CHARACTERS = 600
 
+THINKING = "thinking: "
+
 STYLES = {
     "title": "bold",
     "turn": "dim",
@@ -131,7 +133,7 @@ def _message(said: "TurnMessage") -> Iterator[Line]:
     state = "" if said.status == "completed" else f" ({said.status})"
     yield Line(f"{said.role}{state}", said.role)
     if said.thinking:
-        yield Line(said.thinking, "thinking", 2)
+        yield _thought(said.thinking, 2)
     if said.text is not None:
         yield Line(said.text, "", 2)
     elif not said.files and said.status == "completed":
@@ -153,9 +155,14 @@ def _called(call: "ModelCall") -> Iterator[Line]:
         yield Line(_cut(call.error_message, False), "failed", 4)
     if not call.is_reply:  # which comes below
         if call.thinking:
-            yield Line(call.thinking, "thinking", 4)
+            yield _thought(call.thinking, 4)
         if call.text:
             yield Line(call.text, "", 4)
+
+
+def _thought(thinking: str, indent: int) -> Line:
+    # Without colours, only this tells it from what was said.
+    return Line(THINKING + thinking.replace("\n", "\n" + " " * len(THINKING)), "thinking", indent)
 
 
 def _of_call(call: "ModelCall") -> Iterator[str | None]:
@@ -173,7 +180,7 @@ def _of_call(call: "ModelCall") -> Iterator[str | None]:
 def _ran(run: "ToolRun", full: bool) -> Iterator[Line]:
     waits = "waits for approval" if run.approval == "required" else run.approval
     state = None if run.status == "completed" else run.status
-    yield Line(" · ".join(filter(None, (run.name, state, waits, _seconds(run.duration_ms)))), "tool", 4)
+    yield Line(" · ".join(filter(None, (f"tool: {run.name}", state, waits, _seconds(run.duration_ms)))), "tool", 4)
     yield Line(f"→ {_cut(run.arguments, full)}", "", 6)
     if run.result is not None:
         yield Line(f"← {_cut(run.result, full)}", "failed" if run.status == "failed" else "", 6)

@@ -1,17 +1,27 @@
 """`llm-orm stats`: what was spent, on whom, for what, and when."""
 
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .application import opened, opened_with_its_columns, store_option
+from .application import opened_with_its_columns, store_option
 from .options import chat_named, csv_option, database_options, json_option, not_both, span_options, where_option
-from .output import bars, columns_left, is_terminal, print_csv, print_rows, print_values
+from .output import bars, columns_left, is_terminal, print_csv, print_rows, print_values, shown_cost
 
 if TYPE_CHECKING:
-    from llm_orm import Store
     from llm_orm.usage import UsageRow
+
+FIGURES = (
+    "input_tokens output_tokens total_tokens cached_tokens cache_write_tokens thinking_tokens cost requests "
+    "failed_requests unpriced_requests tool_calls duration_ms retried_requests duration_avg_ms duration_p50_ms "
+    "duration_p95_ms duration_max_ms first_token_p50_ms first_token_p95_ms tool_failures"
+).split()
+"""What is printed of each group: `Stats`, and behind it what `usage` has besides."""
+
+MADE_OF = {"cost": ("cost", "requests", "unpriced_requests")}
+"""The measures that a figure is made of, or without which it cannot be understood."""
 
 OF_REQUESTS = "requests failed_requests input_tokens output_tokens cost unpriced_requests duration_p95_ms".split()
 OF_TOOLS = "tool_calls tool_failures duration_avg_ms duration_p95_ms".split()
@@ -91,40 +101,33 @@ def stats(
     not_both(as_json, as_csv)
     if (order or top) and not by:
         raise click.UsageError("--order and --top are for the rows of --by")
-    is_plain = not (by or conditions or since or until or columns)
-    with (opened if is_plain else opened_with_its_columns)(**database) as store:
-        if is_plain:
-            values = _all_in_all(store, chat_id)
-        else:
-            from llm_orm.usage import MEASURES, usage
+    from llm_orm.usage import usage
 
-            chat = {"chat": [chat_named(store, chat_id)]} if chat_id is not None else {}
-            rows = usage(
-                store,
-                by,
-                since=since,
-                until=until,
-                where={**conditions, **chat},
-                tz=tz,
-                order=order,
-                limit=top,
-                measures=columns or None,
-            )
-            if by:
-                _print_groups(rows, by, columns or MEASURES, is_chosen=bool(columns), as_json=as_json, as_csv=as_csv)
-                return
-            values = {name: rows[0][name] for name in columns or MEASURES}
+    measures = [each for name in columns for each in MADE_OF.get(name, (name,))]
+    with opened_with_its_columns(**database) as store:
+        chat = {"chat": [chat_named(store, chat_id)]} if chat_id is not None else {}
+        rows = usage(
+            store,
+            by,
+            since=since,
+            until=until,
+            where={**conditions, **chat},
+            tz=tz,
+            order=order,
+            limit=top,
+            measures=measures or None,
+        )
+    figures = columns or FIGURES
+    if by:
+        _print_groups(rows, by, figures, is_chosen=bool(columns), as_json=as_json, as_csv=as_csv)
+        return
+    values = {name: rows[0][name] for name in figures}
     if as_csv:
         print_csv(list(values), [list(values.values())])
-    else:
+    elif as_json or not is_terminal():
         print_values(values, as_json=as_json)
-
-
-def _all_in_all(store: "Store", chat_id: str | None) -> dict[str, Any]:
-    from llm_orm.sums import stats_of
-
-    found = stats_of(store) if chat_id is None else stats_of(store, chat_id=chat_named(store, chat_id))
-    return found.as_dict()
+    else:
+        print_values({name: _shown(rows[0], name, figures) for name in figures})
 
 
 def _print_groups(
@@ -156,7 +159,7 @@ def _figures(rows: list["UsageRow"]) -> list[str]:
 
 def _table(rows: list["UsageRow"], by: tuple[str, ...], figures: list[str]) -> tuple[list[str], list[list[Any]]]:
     places = _places([row.cost for row in rows if row.cost])
-    cells = [[*(row[name] for name in by), *(_shown(row[name], name, places) for name in figures)] for row in rows]
+    cells = [[*(row[name] for name in by), *(_shown(row, name, figures, places) for name in figures)] for row in rows]
     return [HEADINGS.get(name, name) for name in (*by, *figures)], cells
 
 
@@ -165,5 +168,10 @@ def _places(costs: list[Decimal]) -> int:
     return min(12, max([2, *(1 - cost.adjusted() for cost in costs)]))
 
 
-def _shown(value: Any, name: str, places: int) -> Any:
-    return round(value, places) if name == "cost" and value is not None else value
+def _shown(row: "UsageRow", name: str, figures: Sequence[str], places: int | None = None) -> Any:
+    """A figure as a terminal shows it; of a cost, how many requests it leaves out, where no column says so."""
+    if name != "cost" or row.cost is None:
+        return row[name]
+    cost = row.cost if places is None else round(row.cost, places)
+    shown = shown_cost(cost, row.requests, row.unpriced_requests)
+    return cost if shown is not None and "unpriced_requests" in figures else shown

@@ -5,7 +5,6 @@ import hmac
 import re
 import time
 from collections.abc import Sequence
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlencode
 
@@ -52,6 +51,8 @@ class Access:
                 "secrets.token_urlsafe() makes one"
             )
         self.token = token
+        # One for each token: a browser has the cookies of a host in common for all its ports.
+        self.cookie_name = f"{COOKIE}_{self._proof('name')[:8]}"
         hosts = (("*",) if token else LOOPBACK) if hosts is None else (hosts,) if isinstance(hosts, str) else hosts
         self.hosts = frozenset(host.lower() for host in hosts)
 
@@ -79,7 +80,12 @@ class Access:
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
             return self.is_token(given.strip())
-        return self.is_cookie(_cookie_in(headers))
+        return any(self.is_cookie(each) for each in self._cookies_in(headers))
+
+    def _cookies_in(self, headers: Headers) -> list[str]:
+        """All of the name: there may be one of this path and one of a path above it, in any order."""
+        pairs = [pair.partition("=") for line in headers.getlist("cookie") for pair in line.split(";")]
+        return [value.strip().strip('"') for name, _, value in pairs if name.strip() == self.cookie_name]
 
     def knows(self, headers: Headers) -> bool:
         """Whether a request came under a name that is ours."""
@@ -89,14 +95,6 @@ class Access:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
-
-
-def _cookie_in(headers: Headers) -> str:
-    try:
-        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return found.value if found else ""
 
 
 class Guard:
@@ -142,9 +140,17 @@ class Guard:
             asked = path + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
             login = f"{scope.get('root_path', '')}/login"
             return RedirectResponse(login if asked == "/" else f"{login}?{urlencode({'next': asked})}", 303)
-        return PlainTextResponse(
-            "Needs the token of the dashboard: Authorization: Bearer …\n", 401, {"WWW-Authenticate": "Bearer"}
-        )
+        return _unknown(headers)
+
+
+def _unknown(headers: Headers) -> Response:
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and given.strip():
+        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+        return PlainTextResponse("The Bearer token is not the token of this dashboard.\n", 401, challenge)
+    sent = f" There came an Authorization of another kind, {kind[:20]!r}." if kind and kind.lower() != "bearer" else ""
+    text = f"Needs the token of the dashboard: Authorization: Bearer …{sent}\n"
+    return PlainTextResponse(text, 401, {"WWW-Authenticate": "Bearer"})
 
 
 UNKNOWN_HOST = (
@@ -171,11 +177,21 @@ def is_within(path: str) -> bool:
 
 def secure_cookie(response: Response, access: Access, scope: Any) -> None:
     """Log the browser in."""
-    response.set_cookie(COOKIE, access.cookie(), max_age=LOGIN_LASTS_S, **_attributes(scope))
+    response.set_cookie(access.cookie_name, access.cookie(), max_age=LOGIN_LASTS_S, **_attributes(scope))
 
 
-def forget_cookie(response: Response, scope: Any) -> None:
-    response.delete_cookie(COOKIE, **_attributes(scope))
+def forget_cookie(response: Response, access: Access, scope: Any) -> None:
+    response.delete_cookie(access.cookie_name, **_attributes(scope))
+
+
+def not_kept(scope: Any) -> str:
+    """What is said to who logged in, and came back without the cookie."""
+    cookie = _attributes(scope)
+    over = ", over HTTPS only" if cookie["secure"] else ""
+    return (
+        "The token is right, but the browser did not send the login back. That is a cookie for the path "
+        f"{cookie['path']}{over}: allow cookies here, and ask for the dashboard at an address that this fits."
+    )
 
 
 def _attributes(scope: Any) -> dict[str, Any]:

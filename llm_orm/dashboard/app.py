@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
@@ -17,15 +18,16 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from ..errors import DatabaseUnavailable, LlmOrmError, StoreClosed, TablesMissing, WrongCall
+from ..errors import DatabaseUnavailable, InvalidValue, LlmOrmError, StoreClosed, TablesMissing, WrongCall
 from ..records import now
 from ..store import Store
 from . import shown, tables
-from .access import HEADERS, Access, Guard, forget_cookie, is_within, secure_cookie
+from .access import HEADERS, Access, Guard, forget_cookie, is_within, not_kept, secure_cookie
 from .page import Page
-from .pages import PAGES
+from .pages import PAGES, Entry, Make, ignored, where_it_says_something
 from .pages.chats import chat_page
 from .query import FILTERS, NONE, RANGES, REFRESH_S, Query, query_of, tidied
+from .tables import Table
 
 FOLDER = Path(__file__).parent
 THEME = "llm_orm_theme"
@@ -63,9 +65,9 @@ class _Dashboard:
             Route("/logout", self.logout, methods=["POST"]),
             Route("/metrics", self.metrics),
         ]
-        for path, (_, make) in PAGES.items():
+        for path, entry in PAGES.items():
             name = {"/": "/overview"}.get(path, path)
-            routes += [Route(path, self.page(path, make)), Route(f"{name}.{{format}}", self.page(path, make))]
+            routes += [Route(path, self.page(path, entry)), Route(f"{name}.{{format}}", self.page(path, entry))]
         routes += [Route("/chats/{chat_id}.{format}", self.chat), Route("/chats/{chat_id}", self.chat)]
         return Starlette(
             routes=routes,
@@ -79,9 +81,9 @@ class _Dashboard:
 
     # Pages
 
-    def page(self, path: str, make: Callable[[Store, Query], Page]) -> Callable[[Request], Any]:
+    def page(self, path: str, entry: Entry) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
-            return await self.answer(request, path, make)
+            return await self.answer(request, path, entry.make, entry)
 
         return answer
 
@@ -94,32 +96,45 @@ class _Dashboard:
                 raise HTTPException(404, f"There is no chat {chat_id}: it was deleted, or it never was.")
             return page
 
-        return await self.answer(request, f"/chats/{chat_id}", make)
+        return await self.answer(request, f"/chats/{chat_id}", make, None)
 
-    async def answer(self, request: Request, path: str, make: Callable[[Store, Query], Page]) -> Response:
+    async def answer(self, request: Request, path: str, make: Make, entry: Entry | None) -> Response:
         root = request.scope.get("root_path", "")
         pairs = request.query_params.multi_items()
         tidy = tidied(pairs)
         if tidy != pairs:
             target = root + path if "format" not in request.path_params else request.scope["path"]
             return RedirectResponse(target + (f"?{urlencode(tidy)}" if tidy else ""), 303)
-        return await self.store.off_the_loop(self._made, request, pairs, root, path, make)
+        return await self.store.off_the_loop(self._made, request, pairs, root, path, make, entry)
 
-    def _made(
-        self, request: Request, pairs: Any, root: str, path: str, make: Callable[[Store, Query], Page]
-    ) -> Response:
-        query = query_of(self.store, pairs, now=now(), root=root, path=path)
-        page = self.store.patiently(lambda: self._read(query, make))
-        kind = request.path_params.get("format") or query.format or "html"
-        if kind == "html":
-            return HTMLResponse(self.drawn(request, page.template, page=page, query=query, title=page.title))
-        if kind not in ("csv", "json"):
+    def _made(self, request: Request, pairs: Any, root: str, path: str, make: Make, entry: Entry | None) -> Response:
+        kind = request.path_params.get("format")
+        if kind not in (None, "csv", "json"):
             raise HTTPException(404, "There is no such page; tables are to be had as .csv and .json.")
-        return _exported(page, query, kind)
+        query = query_of(self.store, pairs, now=now(), root=root, path=path, format=kind)
+        passed_over = ignored(query, entry)
+        if passed_over and query.is_export:  # a page shows that it says nothing; a table cannot
+            raise InvalidValue(_says_nothing(passed_over[0]))
+        query = replace(query, where={name: each for name, each in query.where.items() if name not in passed_over})
+        if query.is_export:
+            return _exported(self.store.patiently(lambda: self._exported(query, make)), query)
+        page, tables, values = self.store.patiently(lambda: self._read(query, make))
+        shown_too: Any = {"title": page.title, "tables": tables, "values": values, "ignored": passed_over}
+        return HTMLResponse(self.drawn(request, page.template, page=page, query=query, **shown_too))
 
-    def _read(self, query: Query, make: Callable[[Store, Query], Page]) -> Page:
+    def _read(self, query: Query, make: Make) -> tuple[Page, list[Table], Mapping[str, Any]]:
         with self.store.connection():
-            return make(self.store, query)
+            page = make(self.store, query)
+            return page, [table() for table in page.tables.values()], page.values()
+
+    def _exported(self, query: Query, make: Make) -> Table:
+        """The one table that is asked for."""
+        with self.store.connection():
+            found = make(self.store, query).tables
+            name = query.table or next(iter(found), "")
+            if name not in found:
+                raise HTTPException(404, f"There is no table {name!r} here; there are {', '.join(found) or 'none'}.")
+            return found[name]()
 
     def drawn(self, request: Request, template: str, **values: Any) -> str:
         theme = request.cookies.get(THEME)
@@ -130,7 +145,7 @@ class _Dashboard:
             .render(
                 {
                     "root": root,
-                    "nav": [(path, name) for path, (name, _) in PAGES.items()],
+                    "nav": [(path, entry.title) for path, entry in PAGES.items()],
                     "site": self.title,
                     "theme": theme if theme in ("light", "dark") else None,
                     "version": _version(),
@@ -155,18 +170,24 @@ class _Dashboard:
             return RedirectResponse(f"{root}/", 303)
         target = request.query_params.get("next", "/")
         target = target if is_within(target) else "/"
+        wrong = None
         if request.method == "POST":
             if self.access.is_token(await _token_in(request)):
-                answer = RedirectResponse(root + target, 303)
+                back = urlencode({"next": target, "done": 1})
+                answer = RedirectResponse(f"{root}/login?{back}", 303)  # which looks whether the browser kept it
                 secure_cookie(answer, self.access, request.scope)
                 return answer
-            page = self.drawn(request, "login.html", title="Log in", target=target, is_wrong=True)
-            return HTMLResponse(page, 401)
-        return HTMLResponse(self.drawn(request, "login.html", title="Log in", target=target, is_wrong=False))
+            wrong = "That is not the token of this dashboard."
+        elif self.access.admits(request.headers):
+            return RedirectResponse(root + target, 303)
+        elif "done" in request.query_params:
+            wrong = not_kept(request.scope)
+        page = self.drawn(request, "login.html", title="Log in", target=target, wrong=wrong)
+        return HTMLResponse(page, 401 if wrong else 200)
 
     async def logout(self, request: Request) -> Response:
         answer = RedirectResponse(f"{request.scope.get('root_path', '')}/login", 303)
-        forget_cookie(answer, request.scope)
+        forget_cookie(answer, self.access, request.scope)
         return answer
 
     # What went wrong
@@ -221,15 +242,16 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST_DETAIL else f"{text[:LONGEST_DETAIL]}…"
 
 
-def _exported(page: Page, query: Query, kind: str) -> Response:
-    found = {table.name: table for table in page.tables}
-    name = query.table or next(iter(found), "")
-    if name not in found:
-        raise HTTPException(404, f"There is no table {name!r} here; there are {', '.join(found) or 'none'}.")
-    if kind == "json":
-        return Response(found[name].as_json(), media_type="application/json")
-    headers = {"Content-Disposition": f'attachment; filename="llm-orm-{name}.csv"'}
-    return Response(found[name].as_csv(), media_type="text/csv; charset=utf-8", headers=headers)
+def _says_nothing(name: str) -> str:
+    what, pages = name if name in ("by", "q") else f"the filter {name!r}", where_it_says_something(name)
+    return f"{what} says nothing about this table: leave it out. The pages that have it: {pages}"
+
+
+def _exported(table: Table, query: Query) -> Response:
+    if query.format == "json":
+        return Response(table.as_json(), media_type="application/json")
+    headers = {"Content-Disposition": f'attachment; filename="llm-orm-{table.name}.csv"'}
+    return Response(table.as_csv(), media_type="text/csv; charset=utf-8", headers=headers)
 
 
 async def _token_in(request: Request) -> str:
@@ -254,6 +276,10 @@ def _pretty_json(value: Any) -> str:
     return shown.pretty(json.dumps(value, ensure_ascii=False, default=str))
 
 
+def _known(stats: Any) -> Any:
+    return shown.known_cost(stats.cost, stats.requests, stats.unpriced_requests)
+
+
 def _capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -268,7 +294,16 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters.update(path=_path, pretty_json=_pretty_json, capitalize_first=_capitalized)
-    made.globals.update(shown=shown, cell=tables.cell, ranges=RANGES, refreshes=REFRESH_S, none=NONE)
+    made.globals.update(
+        shown=shown,
+        cell=tables.cell,
+        priced=tables.priced,
+        beside=tables.beside,
+        known=_known,
+        ranges=RANGES,
+        refreshes=REFRESH_S,
+        none=NONE,
+    )
     return made
 
 

@@ -22,7 +22,9 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     """kind    bars, which stand on each other; or lines
-    unit    money, number or ms"""
+    unit    money, number or ms
+    hours   of bars that are hours: the day of each and its hour, as an axis has room for them
+    """
 
     name: str
     title: str
@@ -30,7 +32,7 @@ class Chart:
     unit: str
     labels: Sequence[str]
     series: Sequence[Series]
-    note: str = ""
+    hours: Sequence[tuple[str, str]] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -42,6 +44,7 @@ class Chart:
             "kind": self.kind,
             "unit": self.unit,
             "labels": list(self.labels),
+            "hours": list(self.hours),
             "series": [
                 {"label": each.label, "color": each.color, "values": [_drawn(value) for value in each.values]}
                 for each in self.series
@@ -67,8 +70,8 @@ def stacked(
     period: str,
     value: Callable[[Any], Any],
 ) -> list[Series]:
-    """A series for each of the keys, and what is left of the total as "other"."""
-    found: dict[tuple[Any, Any], Any] = {(row[period], row[by]): value(row) or 0 for row in rows}
+    """A series for each of the keys, and what is left of the total as "other"; a value that is not known is None."""
+    found: dict[tuple[Any, Any], Any] = {(row[period], row[by]): value(row) for row in rows}
     series = [
         Series(shown.named(key, by), f"c{number}", [found.get((moment, key), 0) for moment in periods])
         for number, key in enumerate(keys, 1)
@@ -81,7 +84,7 @@ def stacked(
 def _added(values: Any) -> Any:
     total: Any = 0
     for each in values:
-        total += each
+        total += each or 0
     return total
 
 

@@ -28,7 +28,10 @@ OF_CHATS = ("id", "model", "provider", "agent_class")
 DROPPED = ("format", "table", "filter", "value", "key")
 """What an export is of, and what the form for one more filter says: not what is asked for."""
 
-OWN = ("range", "since", "until", "tz", "by", "order", "limit", "offset", "q", "before", "refresh", *DROPPED)
+SAID = ("range", "since", "until", "tz", "by", "order", "limit", "offset", "q", "refresh", "table")
+"""What an address may say besides filters."""
+
+OWN = (*dict.fromkeys((*SAID, "before", *DROPPED)),)
 """Names in an address that are no filters."""
 
 MOST_ROWS = 1000
@@ -60,8 +63,12 @@ class Query:
     text: str
     turns_before: int | None
     refresh: int | None
-    format: str | None
+    format: str
     table: str | None
+
+    @property
+    def is_export(self) -> bool:
+        return self.format != "html"
 
     @property
     def before(self) -> datetime:
@@ -122,10 +129,10 @@ class Query:
         kept = [each for each_name, each in self.pairs if each_name == name and each != value]
         return self.href(None, **{"offset": None, name: kept})
 
-    def export(self, kind: str, table: str) -> str:
+    def export(self, kind: str, table: str, ignored: Sequence[str] = ()) -> str:
+        """The address of a table, less what says nothing on its page."""
         path = {"/": "/overview"}.get(self.path, self.path)
-        changes: dict[str, Any] = {"refresh": None, "table": table}
-        kept = [pair for pair in self.pairs if pair[0] not in changes]
+        kept = [pair for pair in self.pairs if pair[0] not in ("refresh", "table", *ignored)]
         return f"{self.root}{path}.{kind}?{urlencode([*kept, ('table', table)])}"
 
 
@@ -139,20 +146,32 @@ def written(value: Any) -> str:
 
 
 def tidied(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The names and values less what a form sends that was left empty; its one more filter in its place."""
+    """The names and values less what a form sends that was left empty; its one more filter in its place.
+
+    A key is one of the metadata, whatever else was chosen.
+    """
     given = dict(pairs)
     kept = [(name, value) for name, value in pairs if value.strip() and name not in ("filter", "value", "key")]
-    name, value = given.get("filter", ""), given.get("value", "").strip()
+    key, value = given.get("key", "").strip(), given.get("value", "").strip()
+    name = f"{METADATA}{key}" if key else given.get("filter", "")
     if name and value:
-        name = f"{METADATA}{given.get('key', '').strip()}" if name == METADATA else name
         kept += [] if (name, value) in kept else [(name, value)]
     return kept
 
 
 def query_of(
-    store: Store, pairs: Iterable[tuple[str, str]], *, now: datetime, root: str = "", path: str = "/"
+    store: Store,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    now: datetime,
+    root: str = "",
+    path: str = "/",
+    format: str | None = None,
 ) -> Query:
-    """What the names and values of an address ask for; raises `InvalidValue` that names what makes no sense."""
+    """What the names and values of an address ask for; raises `InvalidValue` that names what makes no sense.
+
+    format    what the path says of it, if anything
+    """
     pairs = tuple(pairs)
     once = _once(pairs)
     where = _where(store, [pair for pair in pairs if pair[0] not in OWN])
@@ -179,7 +198,7 @@ def query_of(
         text=once.get("q", ""),
         turns_before=_number("before", once["before"], 0, 2**31 - 1) if "before" in once else None,
         refresh=_number("refresh", once["refresh"], 1, 86400) if "refresh" in once else None,
-        format=_one_of("format", once.get("format"), ("html", "csv", "json")),
+        format=format or _one_of("format", once.get("format", "html"), ("html", "csv", "json")),
         table=once.get("table"),
     )
 
@@ -205,8 +224,11 @@ def _where(store: Store, pairs: list[tuple[str, str]]) -> dict[str, list[Any]]:
     for name, value in pairs:
         if name not in known and not (name.startswith(METADATA) and len(name) > len(METADATA)):
             right = meant(name, (*known, *OWN))
-            hint = f": did you mean {right!r}?" if right else f". There are {', '.join(known)} and metadata.<key>"
-            raise InvalidValue(f"there is no filter {name!r}{hint}")
+            hint = f": did you mean {right!r}?" if right else "."
+            filters = ", ".join(dict.fromkeys(known))
+            raise InvalidValue(
+                f"there is no parameter {name!r}{hint} There are {', '.join(SAID)}; filters: {filters}, metadata.<key>"
+            )
         where.setdefault(name, []).extend(_values(name, value))
     if where:
         check_where(store, "the address", where, FILTERS)
@@ -215,7 +237,7 @@ def _where(store: Store, pairs: list[tuple[str, str]]) -> dict[str, list[Any]]:
 
 def _values(name: str, text: str) -> list[Any]:
     """What a filter's text stands for: metadata may be a text, or a number that looks like it."""
-    if text == NONE and not name.startswith(METADATA):
+    if text == NONE:
         return [None]
     if name == "status":
         return [_number("status", text, 0, 999)]
@@ -261,7 +283,7 @@ def _number(name: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _one_of(name: str, text: str | None, known: Sequence[str]) -> str | None:
-    if text is not None and text not in known:
+def _one_of(name: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
         raise InvalidValue(f"{name}={text!r} is none of {', '.join(known)}")
     return text

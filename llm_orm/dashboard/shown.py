@@ -21,6 +21,16 @@ def spend(value: Decimal | None) -> str:
     return dollars(value, 2 if value is not None and (value >= 1 or value == 0) else 4)
 
 
+def known_cost(cost: Decimal | None, requests: int | None, unpriced: int | None) -> Decimal | None:
+    """Dollars; None where no price is known of any of the requests."""
+    return None if requests and unpriced and unpriced >= requests else cost
+
+
+def unpriced(count: int | None) -> str:
+    """What stands beside an amount that leaves some requests out."""
+    return f"{count:,} unpriced" if count else ""
+
+
 def exact(value: Decimal | None) -> str:
     return NOTHING if value is None else f"${value:,f}"
 
@@ -72,7 +82,7 @@ def moment(value: datetime | None, tz: tzinfo, form: str = "%Y-%m-%d %H:%M:%S") 
 
 
 def period(value: Any, by: str, tz: tzinfo) -> str:
-    """What a bar of a chart is called, short."""
+    """What a bar of a chart is called, short; of an hour, "Oct 28, 14:00"."""
     if isinstance(value, datetime):
         return f"{value.astimezone(tz):%b %-d, %H:%M}"
     if by == "month":
@@ -90,6 +100,7 @@ def named(value: Any, by: str = "") -> str:
             "error": "no error",
             "tool": "no tool",
             "chat": "deleted chat",
+            "who": "all",
         }.get(by, "not set")
     if isinstance(value, bool):
         return ("streamed" if value else "not streamed") if by == "streamed" else str(value).lower()

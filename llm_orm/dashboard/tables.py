@@ -11,17 +11,18 @@ from typing import Any
 
 from . import shown
 
-RIGHT = ("number", "money", "dollars", "ms", "percent")
+RIGHT = ("number", "money", "dollars", "ms", "percent", "share")
 
 
 @dataclass(frozen=True)
 class Column:
     """A column: what it is called in an export, and on the page.
 
-    kind     text, number, money (with a bar of its share), dollars, ms, percent, time, status; name: a value of the
-             dimension `by`
+    kind     text, number, money (with a bar, the longest of the largest), dollars, ms, percent, share (with a bar of
+             its own), time, status; name: a value of the dimension `by`
     sort     what `order=` calls it; None: rows cannot be put in its order
     minor    left out on a phone
+    wraps    may take several lines
     """
 
     name: str
@@ -31,6 +32,7 @@ class Column:
     by: str = ""
     minor: bool = False
     hint: str = ""
+    wraps: bool = False
 
     @property
     def is_right(self) -> bool:
@@ -61,7 +63,9 @@ class Table:
         return self.links[column.name](row) if column.name in self.links else None
 
     def share(self, column: Column, row: Mapping[str, Any]) -> int | None:
-        """How long the bar of a cell is, in percent of the longest; None where the column has none."""
+        """How long the bar of a cell is, in percent; None where the column has none."""
+        if column.kind == "share":
+            return min(100, round(100 * row[column.name]))
         if column.kind != "money":
             return None
         values = [each[column.name] or 0 for each in self.rows]
@@ -113,6 +117,19 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float) else str(value)
 
 
+def priced(column: Column, row: Mapping[str, Any]) -> Any:
+    """A row's value, less a cost of which nothing is known."""
+    value = row.get(column.name)
+    if column.name != "cost":
+        return value
+    return shown.known_cost(value, row.get("requests"), row.get("unpriced_requests"))
+
+
+def beside(column: Column, row: Mapping[str, Any]) -> str:
+    """What is said beside a cell."""
+    return shown.unpriced(row.get("unpriced_requests")) if column.name == "cost" else ""
+
+
 def cell(value: Any, column: Column, tz: Any) -> str:
     """A cell's text on the page."""
     if column.kind == "name":
@@ -125,6 +142,7 @@ def cell(value: Any, column: Column, tz: Any) -> str:
         "dollars": shown.dollars,
         "ms": shown.milliseconds,
         "percent": lambda share: shown.percent(float(share)),
+        "share": lambda share: shown.percent(float(share)),
         "time": lambda moment: shown.moment(moment, tz),
     }
     return show[column.kind](value) if column.kind in show else _text(value)

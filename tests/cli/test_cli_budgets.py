@@ -1,10 +1,12 @@
 """`llm-orm budgets`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from terminal import on_a_terminal
 
 from llm_orm import Store, connect, create_chat
 from llm_orm.testing import Say, ScriptedLLM
@@ -67,6 +69,31 @@ def test_the_budgets_are_those_of_the_applications_store(tmp_path: Path, monkeyp
     without = run("--store", "shop_of_budgets:without")
     assert without.exit_code == 1
     assert "the store has no budgets: connect(…, budgets=[…]), or give one with --limit" in without.stderr
+
+
+def test_a_terminal_shows_the_share_as_a_bar_and_when_it_ends(store: Store, database_url: str) -> None:
+    for user_id, cost in (("somebody@example.com", "1"), ("u_2", "0.5"), ("u_3", "0.1")):
+        spend(store, user_id, cost)
+    options = ["--limit", "2", "--per", "month", "--by", "user_id", "--tz", "Etc/GMT-1", "--database-url", database_url]
+    for columns in (80, 100, 160):
+        screen = on_a_terminal("budgets", *options, "--top", "2", columns=columns)
+        lines = [line.rstrip() for line in screen.splitlines() if line.strip()]
+        assert len(lines) == 5
+        assert max(map(len, lines)) <= columns
+        assert lines[0].startswith("$2 per month by user_id")
+        for line, share in zip(lines[3:], ("50%", "25%"), strict=True):
+            assert re.search(rf" {share}  20\d\d-\d\d-01 00:00 \+01  ", line)
+        assert lines[3].count("█") == 2 * lines[4].count("█") + ("▌" in lines[4]) > 0
+    assert lines[3].count("█") == 10  # half of what a whole limit has
+    assert "never" in on_a_terminal("budgets", "--limit", "2", "--per", "total", "--database-url", database_url)
+
+
+def test_the_first_are_those_with_the_highest_share(store: Store, database_url: str) -> None:
+    spend(store, "u_1", "3")
+    spend(store, "u_2", "0.5")
+    options = ["--limit", "2", "--by", "user_id", "--top", "1", "--database-url", database_url]
+    assert [line.split("\t")[1] for line in run(*options).stdout.splitlines()] == ["who", "user_id='u_1'"]
+    assert len(json.loads(run(*options, "--json").stdout)) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import re
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import peewee as pw
 import pytest
@@ -11,9 +15,11 @@ from click.testing import CliRunner, Result
 from cryptography.fernet import Fernet
 from terminal import on_a_terminal
 
-from llm_orm import ChatLine, Store, chats, connect, create_chat
+from llm_orm import Agent, ChatLine, Store, chats, connect, create_agent_session, create_chat
 from llm_orm.testing import Say, ScriptedLLM
 from llm_orm_cli import main
+
+UNKNOWN = "\N{EN DASH}"
 
 
 def run(*arguments: str) -> Result:
@@ -65,6 +71,8 @@ def test_json_is_what_python_gets(store: Store, database_url: str) -> None:
         ("--order -turns --limit 1", [1]),
         ("--since 1h", [1, 0]),
         ("--until 2020-01-01", []),
+        ("--where user_id=(none)", []),
+        ("--where user_id=u_2 --where agent_class=(none)", [1]),
         ("--since 2020-01-01 --until 2020-02-01 --tz Europe/Berlin", []),
     ],
 )
@@ -114,6 +122,72 @@ def test_a_terminal_is_shown_as_much_as_it_has_room_for(store: Store, database_u
         assert "…" in screen
         assert "\x1b" not in screen
         assert "\u202e" not in screen
+
+
+def test_ids_on_a_terminal_are_whole_and_tell_a_chat_from_all_others(store: Store, database_url: str) -> None:
+    chat: Any = store.records.chat
+    message: Any = store.records.message
+    ids = [f"01a1f8c8-18bf-7346-8b7e-{end}b94b1b67b90" for end in "def"]
+    with store.connection():
+        for place, key in enumerate(ids):
+            chat.insert(id=UUID(key), model="a-model-of-some-length", user_id=f"somebody{place}@example.com").execute()
+            message.insert(chat=key, position=0, role="user", content="long " * 20).execute()
+    create_chat(store, model="test", llm=ScriptedLLM("Hi"), user_id="u_2").ask("long " * 50)
+    options = ["--where", "model=a-model-of-some-length", "--limit", "2", "--order", "created_at"]
+    for columns in (40, 60, 80, 120):
+        screen = on_a_terminal("chats", *options, "--database-url", database_url, columns=columns)
+        shown = [line.split()[0] for line in screen.splitlines() if line.strip().startswith("01a1f8c8")]
+        assert shown == [key[:25] for key in ids[:2]]
+    of_the_other = on_a_terminal("chats", "--where", "user_id=u_2", "--database-url", database_url, columns=80)
+    shown = of_the_other.splitlines()[3].split()[0]
+    assert len(shown) == 8
+    found = CliRunner().invoke(main, ["show", shown, "--database-url", database_url])
+    assert found.exit_code == 0, found.output
+
+
+def test_a_search_on_a_narrow_terminal_takes_a_line_for_each_chat(store: Store, database_url: str) -> None:
+    fill(store)
+    create_chat(store, model="gpt-4o-2026-11-20", llm=ScriptedLLM("Hi"), user_id="u_3").ask("how it is " * 9)
+    for columns in (40, 60, 80):
+        screen = on_a_terminal("chats", "--search", "is", "--database-url", database_url, columns=columns)
+        lines = [line for line in screen.splitlines() if line.strip()]
+        assert len(lines) == 2 + 3
+        assert "found" in lines[0]
+        assert max(map(len, lines)) <= columns
+
+
+def test_times_on_a_terminal_are_short_and_of_the_time_zone(store: Store, database_url: str) -> None:
+    chat = create_chat(store, model="test", llm=ScriptedLLM("Hi"))
+    chat.ask("Hello")
+    record: Any = store.records.chat
+    this_year = datetime.now(UTC).year
+    for year, shown in ((this_year, "11-02 00:30"), (this_year - 1, f"{this_year - 1}-11-02")):
+        with store.connection():
+            record.update(updated_at=datetime(year, 11, 1, 23, 30, tzinfo=UTC)).execute()
+        screen = on_a_terminal("chats", "--tz", "Europe/Berlin", "--database-url", database_url)
+        assert f"  {shown}  " in screen
+
+
+def test_a_terminal_says_which_agent_and_where_a_cost_is_unknown(store: Store, database_url: str) -> None:
+    class Support(Agent):
+        model = "test"
+
+    create_agent_session(store, Support, llm=ScriptedLLM("Hi")).ask("Hello agent")
+    llm = ScriptedLLM(Say("Hi", cost="0.12"), "Hi", Say("Hi", cost="0"))
+    create_chat(store, model="other", llm=llm).ask("Hello chat")
+    chat = create_chat(store, model="free", llm=ScriptedLLM(Say("Hi", cost="0.25"), "Hi"))
+    chat.ask("Hello both")
+    chat.ask("Again")
+    screen = on_a_terminal("chats", "--order", "created_at", "--database-url", database_url)
+    lines = [re.split("  +", line.strip()) for line in screen.splitlines() if line.strip()]
+    assert lines[0][2:] == ["title", "agent or model", "turns", "cost"]
+    assert [line[2:] for line in lines[2:]] == [
+        ["Hello agent", "Support", "1", UNKNOWN],
+        ["Hello chat", "other", "1", "0.12"],
+        ["Hello both", "free", "2", "0.25 +1 unpriced"],
+    ]
+    rows = rows_of(run("--order", "created_at", "--database-url", database_url))
+    assert [(row["cost"], row["unpriced_requests"]) for row in rows] == [("0", "1"), ("0.12", "0"), ("0.25", "1")]
 
 
 def test_titles_of_an_encrypted_store_are_clear(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_other_chats_are_left_out(store: Store, database_url: str) -> None:
     chat, other = a_chat(store), a_chat(store)
     damage(store, chat, position=7)
     assert run("--chat", str(other.id), "--database-url", database_url).exit_code == 0
-    assert run("--chat", str(chat.id), "--database-url", database_url).exit_code == 1
+    assert run("--chat", str(chat.id)[:25], "--database-url", database_url).exit_code == 1
 
 
 def test_a_turn_is_stale_once_it_is_older_than_was_said(store: Store, database_url: str) -> None:

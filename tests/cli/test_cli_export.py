@@ -87,7 +87,7 @@ def test_requests_of_a_chat_are_chosen_by_its_id(sqlite_store, sqlite_url, tmp_p
         path = tmp_path / f"{number}.csv"
         done = run(sqlite_url, "export", str(path), *arguments)
         assert shown(done)["requests"] == ["2", "1", "3"][number]
-    done = run(sqlite_url, "export", str(tmp_path / "one.jsonl"), "--chat", str(chat.id))
+    done = run(sqlite_url, "export", str(tmp_path / "one.jsonl"), "--chat", str(chat.id)[:25])
     assert (shown(done)["chats"], shown(done)["requests"]) == ("1", "2")
 
 
@@ -97,9 +97,28 @@ def test_a_file_that_is_there_is_kept_without_force(sqlite_store, sqlite_url, tm
     path.write_text("mine")
     refused = run(sqlite_url, "export", str(path))
     assert (refused.exit_code, path.read_text()) == (1, "mine")
-    assert "is there already" in refused.stderr
+    assert f"{str(path)!r} is there already: name another, or replace it with --force" in refused.stderr
     assert run(sqlite_url, "export", str(path), "--force").exit_code == 0
     assert path.read_text() != "mine"
+
+
+def test_columns_that_are_missing_are_made_as_the_message_says(sqlite_store, sqlite_url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    say(sqlite_store, user_id="u_1")
+    run(sqlite_url, "export", "out.jsonl")
+    assert run("sqlite:///plain.db", "migrate").exit_code == 0
+    refused = run("sqlite:///plain.db", "import", "out.jsonl")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "chat.user_id; " in refused.stderr
+    assert "llm-orm migrate --store MODULE:NAME, then import with that --store" in refused.stderr
+    (tmp_path / "shop_of_import.py").write_text(
+        "import llm_orm, peewee\n"
+        "store = llm_orm.connect('sqlite:///own.db', chat_fields={'user_id': peewee.TextField(null=True)})\n"
+    )
+    for command in ("migrate", "import out.jsonl"):
+        done = CliRunner().invoke(main, [*command.split(), "--store", "shop_of_import:store"])
+        assert done.exit_code == 0, done.output
+    assert shown(done)["chats"] == "1"
 
 
 def test_what_was_skipped_is_said_and_it_exits_with_1(sqlite_store, sqlite_url, tmp_path):

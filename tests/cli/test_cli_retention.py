@@ -64,6 +64,25 @@ def test_chats_are_named_by_id_metadata_and_several_values(store, database_url):
     assert [said(chat) for chat in chats] == [[None, None]] * 2
 
 
+def test_the_beginning_of_an_id_will_do(store, database_url):
+    chat, other = say(store), say(store)
+    beginning = str(chat.id)[:25]
+    assert not str(other.id).startswith(beginning)
+    assert shown(run(database_url, "erase", "--chat", beginning, "--yes"))["chats"] == "1"
+    assert (said(chat), said(other)) == ([None, None], ["I am Ada.", "Hi, Ada."])
+    with freeze_time(datetime.now(UTC) + timedelta(days=2)):
+        assert shown(run(database_url, "prune", "--older-than", "1d", "--chat", beginning, "--yes"))["chats"] == "1"
+    refused = run(database_url, "erase", "--chat", beginning, "--yes")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert f"there is no chat {beginning!r}" in refused.stderr
+
+
+def test_chats_without_a_value_are_named_by_none(store, database_url):
+    chats = [say(store, user_id=user_id) for user_id in ("u_1", None)]
+    assert shown(run(database_url, "erase", "--where", "user_id=(none)", "--yes"))["chats"] == "1"
+    assert [said(chat)[0] for chat in chats] == ["I am Ada.", None]
+
+
 def test_a_column_of_the_application_is_emptied_where_it_is_named(store, database_url):
     chat = say(store, user_id="u_1")
     shown(run(database_url, "erase", "--where", "user_id=u_1", "--column", "user_id", "--yes"))
@@ -77,7 +96,7 @@ def test_a_column_of_the_application_is_emptied_where_it_is_named(store, databas
         (["erase", "--where", "user_id"], 2, "'user_id' is not NAME=VALUE"),
         (["erase", "--where", "=u_1"], 2, "'=u_1' is not NAME=VALUE"),
         (["erase", "--where", "user=u_1", "--yes"], 1, "erase() does not know 'user'"),
-        (["erase", "--chat", "nonsense", "--yes"], 1, "'nonsense' is not the id of a chat"),
+        (["erase", "--chat", "nonsense", "--yes"], 1, "there is no chat 'nonsense' in "),
         (["erase", "--where", "user_id=u_1", "--column", "model", "--yes"], 1, "not 'model'"),
         (["erase", "--where", "user_id=u_1"], 2, "nobody is there to be asked: give --yes, or --dry-run"),
         (["prune"], 2, "Missing option '--older-than'"),

@@ -39,7 +39,7 @@ def talk(store: Store) -> Chat:
         ProviderError(503, "overloaded"),
         Say(
             "I look.",
-            thinking="An order.",
+            thinking="An order.\nWhat of it?",
             calls=[Call("look_up", order="A1")],
             cost="0.5",
             input_tokens=1000,
@@ -80,23 +80,24 @@ def test_a_transcript_tells_what_was_said_done_and_spent(store: Store, database_
         "  test (scripted) · ProviderError 503 · 0 → 0 tokens · $0",
         "    overloaded",
         "  test (scripted) · attempt 2 · 1,000 → 5 tokens · $0.5",
-        "    An order.",
+        "    thinking: An order.",
+        "              What of it?",
         "    I look.",
-        "    look_up",
+        "    tool: look_up",
         '      → {"order": "A1"}',
         "      ← A1: shipped",
         *["      A1: shipped"] * 5,
         "      … 169 more characters: --full shows them",
         "  test (scripted) · 10 → 5 tokens · $0.25",
         "assistant",
-        "  Good news.",
+        "  thinking: Good news.",
         "  It was shipped.",
         "  $0.75 · 1,020 tokens",
         "── turn 2 · rolled back",
         "user",
         "  Cancel it",
         "  test (scripted) · 50 → 2 tokens · no price",
-        "    refuse · failed",
+        "    tool: refuse · failed",
         "      → {}",
         "      ← Error executing tool 'refuse': not today",
         "      error: ToolError: not today",
@@ -184,7 +185,7 @@ def test_calls_without_a_turn_are_shown_behind_the_turns(store: Store, database_
         message.delete().where(message.position > 0).execute()
     text = shown(str(chat.id), "--database-url", database_url)
     assert "\ncalls of turns that are not there any longer\n" in text
-    assert "    look_up" in text
+    assert "    tool: look_up" in text
 
 
 def test_the_beginning_of_an_id_will_do_where_no_other_has_it(store: Store, database_url: str) -> None:
@@ -209,6 +210,7 @@ def test_a_chat_that_is_not_there_is_an_error_that_names_it(sqlite_store: Store,
         result = run(given, "--database-url", sqlite_url)
         assert (result.exit_code, result.stdout) == (1, "")
         assert f"there is no chat {given!r} in " in result.stderr
+        assert result.stderr.endswith(">: give at least 6 characters of its id\n") == (given == "01a1f")
 
 
 def test_an_encrypted_chat_is_shown_with_its_keys_only(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +18,9 @@ from llm_orm.testing import Call, ProviderError, Say, ScriptedLLM
 from llm_orm.usage import MEASURES
 from llm_orm_cli import main
 from llm_orm_cli.output import bars
+from llm_orm_cli.stats import FIGURES
+
+UNKNOWN = "\N{EN DASH}"
 
 
 def run(*arguments: str) -> Result:
@@ -52,8 +56,9 @@ def nap() -> str:
 def test_one_chat_is_summed_up(store: Store, database_url: str) -> None:
     first, _ = spend(store)
     values = shown(run(first, "--database-url", database_url))
+    assert set(FIGURES) == {*Stats.__slots__, *MEASURES}
     assert values.pop("duration_ms").isdigit()
-    assert values == {
+    assert {name: values[name] for name in Stats.__slots__ if name != "duration_ms"} == {
         "input_tokens": "200",
         "output_tokens": "40",
         "total_tokens": "240",
@@ -74,7 +79,7 @@ def test_all_chats_are_summed_up_with_those_that_were_deleted(store: Store, data
     chat.delete()
     spend(store)
     values = shown(run("--database-url", database_url))
-    assert list(values) == list(Stats.__slots__)
+    assert list(values) == FIGURES
     assert (values["requests"], values["unpriced_requests"], values["tool_calls"]) == ("5", "1", "1")
     assert values["cost"] == "0.60000004"
 
@@ -88,7 +93,7 @@ def test_a_small_cost_has_no_exponent(store: Store, database_url: str) -> None:
 def test_json_has_the_fields_of_stats(store: Store, database_url: str) -> None:
     first, _ = spend(store)
     found = json.loads(run(first, "--json", "--database-url", database_url).stdout)
-    assert list(found) == list(Stats.__slots__)
+    assert list(found) == FIGURES
     assert (found["requests"], found["cost"]) == (3, "0.6")
 
 
@@ -179,7 +184,7 @@ def test_groups_are_the_rows_of_usage(store: Store, database_url: str) -> None:
     spend_by_user(store)
     rows = rows_of(run("--by", "user_id,model", "--database-url", database_url), delimiter="\t")
     expected = usage(store, ("user_id", "model"))
-    assert list(rows[0]) == ["user_id", "model", *MEASURES]
+    assert list(rows[0]) == ["user_id", "model", *FIGURES]
     assert [(row["user_id"], row["model"], row["requests"]) for row in rows] == [
         ("u_1", "dear", "2"),
         ("u_2", "cheap", "2"),
@@ -192,7 +197,7 @@ def test_csv_and_json_have_the_same_figures(store: Store, database_url: str) -> 
     spend_by_user(store)
     arguments = ["--by", "model", "--by", "user_id", "--database-url", database_url]
     as_csv, as_json = rows_of(run(*arguments, "--csv")), json.loads(run(*arguments, "--json").stdout)
-    assert [list(row) for row in as_json] == [["model", "user_id", *MEASURES]] * 2
+    assert [list(row) for row in as_json] == [["model", "user_id", *FIGURES]] * 2
     assert [row["cost"] for row in as_csv] == [row["cost"] for row in as_json] == ["3", "0.5"]
     assert [row["first_token_p50_ms"] for row in as_csv] == ["", ""]
 
@@ -203,6 +208,8 @@ def test_csv_and_json_have_the_same_figures(store: Store, database_url: str) -> 
         ("--by model --where user_id=u_1", {"dear": "3"}),
         ("--by model --where user_id=u_1 --where user_id=u_2", {"dear": "3", "cheap": "0.5"}),
         ("--by model --where metadata.plan=2", {"cheap": "0.5"}),
+        ("--by user_id --where agent_class=(none)", {"u_1": "3", "u_2": "0.5"}),
+        ("--by user_id --where metadata.visits=(none) --where user_id=u_1", {"u_1": "3"}),
         ("--by model --where model=cheap --where status=200 --where streamed=false", {"cheap": "0.5"}),
         ("--by user_id --top 1", {"u_1": "3"}),
         ("--by user_id --order cost --top 1", {"u_2": "0.5"}),
@@ -235,7 +242,7 @@ def test_a_total_of_some_requests_has_what_usage_says(store: Store, database_url
     spend_by_user(store, days_ago=10)
     create_chat(store, model="dear", llm=ScriptedLLM(Say("Hi", cost="8")), user_id="u_1").ask("Hello")
     values = shown(run("--since", "7d", "--database-url", database_url))
-    assert list(values) == list(MEASURES)
+    assert list(values) == FIGURES
     assert (values["requests"], values["cost"]) == ("1", "8")
     assert shown(run("--where", "user_id=u_1", "--columns", "cost", "--database-url", database_url)) == {"cost": "11"}
     total = rows_of(run("--csv", "--database-url", database_url))
@@ -267,6 +274,41 @@ def test_a_terminal_has_a_bar_for_each_group(store: Store, database_url: str) ->
     assert set(long) == {"█"}
     assert len(long) > 4 * len(short) > 0
     assert max(map(len, screen.splitlines())) <= 90
+
+
+def test_a_terminal_says_where_a_cost_is_unknown(store: Store, database_url: str) -> None:
+    spend_by_user(store)
+    create_chat(store, model="new", llm=ScriptedLLM("Hi"), user_id="u_3").ask("Hello")
+    where = ["--database-url", database_url]
+    lines = [line.split() for line in on_a_terminal("stats", "--by", "user_id", *where).splitlines()[3:] if line]
+    assert [(line[0], line[4], line[5]) for line in lines if line] == [
+        ("u_1", "3.00", "0"), ("u_2", "0.50", "1"), ("u_3", UNKNOWN, "1"),
+    ]  # fmt: skip
+    screen = on_a_terminal("stats", "--by", "user_id", "--columns", "cost", *where)
+    assert [line.split("█")[0].split() for line in screen.splitlines()[3:6]] == [
+        ["u_1", "3.00"], ["u_2", "0.50", "+1", "unpriced"], ["u_3", UNKNOWN],
+    ]  # fmt: skip
+    total = on_a_terminal("stats", "--where", "user_id=u_3", *where)
+    assert re.search(f"cost +{UNKNOWN} *\n", total)
+    rows = rows_of(run("--by", "user_id", *where), delimiter="\t")
+    assert [(row["cost"], row["unpriced_requests"]) for row in rows] == [("3", "0"), ("0.5", "1"), ("0", "1")]
+
+
+def test_all_totals_have_the_same_figures(store: Store, database_url: str) -> None:
+    first, _ = spend(store)
+    asked = ([], [first], ["--since", "7d"], ["--where", "model=test"], ["--where", "model=nobody"])
+    shapes = [list(shown(run(*arguments, "--database-url", database_url))) for arguments in asked]
+    assert shapes == [FIGURES] * len(asked)
+    columns = run("--where", "model=test", "--columns", "total_tokens", "--database-url", database_url)
+    assert shown(columns) == {"total_tokens": "360"}
+
+
+def test_words_of_json_are_found_in_any_case(store: Store, database_url: str) -> None:
+    chats = [create_chat(store, model="test", llm=ScriptedLLM("Hi"), metadata={"vip": vip}) for vip in (True, "True")]
+    for chat in chats:
+        chat.ask("Hello")
+    for given, count in (("True", "2"), ("true", "1"), ("FALSE", "0")):
+        assert shown(run("--where", f"metadata.vip={given}", "--database-url", database_url))["requests"] == count
 
 
 def test_bars_are_of_requests_where_nothing_has_a_price(store: Store, database_url: str) -> None:
@@ -315,7 +357,9 @@ def test_a_bar_is_as_long_as_its_share(values: list[Any], drawn: list[str], monk
         (["--since", "yesterday"], 1, "since='yesterday' is not a time"),
         (["--since", "2026-11-02", "--until", "2026-11-01"], 1, "is not before until="),
         (["--by", "day", "--tz", "Nowhere/At_all"], 1, "is not a time zone"),
-        (["--where", "status=many"], 1, "status"),
+        (["--where", "status=many"], 1, "a status is one of HTTP, such as 429, not 'many'"),
+        (["--tz", "Europe/Berln"], 1, "tz='Europe/Berln' is not a time zone"),
+        (["--by", "modle"], 1, "did you mean 'model'?"),
     ],
     ids=str,
 )

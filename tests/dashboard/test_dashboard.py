@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 from llm_orm import Budget, Store, connect, create_chat
 from llm_orm.dashboard import create_app
+from llm_orm.dashboard.shown import NOTHING
 from llm_orm.listing import chats, requests
 from llm_orm.usage import usage
 
@@ -125,7 +126,7 @@ def test_a_chart_stacks_what_there_was_with_the_rest_as_other(dashboard, store):
         assert [each["label"] for each in chart["series"]][-1] == "other"
         assert len(chart["series"]) == 9
         assert chart["labels"] == ["Oct 26", "Oct 27", "Oct 28", "Oct 29", "Oct 30"]
-        drawn = [sum(each["values"][day] for each in chart["series"]) for day in range(5)]
+        drawn = [sum(each["values"][day] or 0 for each in chart["series"]) for day in range(5)]
         assert drawn == pytest.approx([float(row[measure]) for row in rows])
     assert charts["latency"]["series"][1]["values"] == [row.duration_p95_ms for row in rows]
 
@@ -179,18 +180,29 @@ def test_budgets_stand_where_they_stand(sqlite_store):
     fill(sqlite_store, days=2, per_day=3)
     (spent,) = usage(sqlite_store, ())
     limits = [Budget("5", "total", name="enough"), Budget("0.0001", "total", name="used up")]
-    with connect(f"sqlite:///{sqlite_store.database.database}", budgets=limits) as store:
-        with client_of(create_app(store)) as client:
-            rows = {row["budget"]: row for row in table(client, "/budgets", "")}
-            assert {name: row["state"] for name, row in rows.items()} == {"enough": "ok", "used up": "spent"}
-            assert rows["enough"]["spent"] == plain(spent.cost)
-            assert f"ok {spent.cost * 20:.1f} %" in page(client, "/budgets").text
+    limits.append(Budget("0.0002", "total", by="user_id", where={"user_id": "u_00"}, name="theirs"))
+    url, own = f"sqlite:///{sqlite_store.database.database}", {"user_id": pw.TextField(null=True)}
+    with connect(url, budgets=limits, chat_fields=own) as store, client_of(create_app(store)) as client:
+        rows = {row["budget"]: row for row in table(client, "/budgets", "")}
+        states = {name: row["state"] for name, row in rows.items()}
+        assert states == {"enough": "ok", "used up": "spent", "theirs": "spent"}
+        assert rows["enough"]["spent"] == plain(spent.cost)
+        elements = page(client, "/budgets")
+        assert f"enough {spent.cost * 20:.1f} % ok all ${spent.cost:.4f} $5.0000" in elements.text
+        assert "user_id='u_00'" in elements.text
+        bars = [each["width"] for tag, each in elements.found if tag == "rect" and each["height"] == "4"]
+        assert bars == [str(min(100, round(100 * Decimal(row["share"])))) for row in table(client, "/budgets", "")]
+        over = [each for tag, each in elements.found if tag == "td" and "over" in (each["class"] or "")]
+        assert len(over) == 2
+        assert client.get("/budgets").text.count(">Spent<") == 1
 
 
 def test_without_a_column_of_yours_the_page_says_how_to_have_one():
     with connect("sqlite:///:memory:") as store, client_of(create_app(store)) as client:
         store.create_tables()
-        assert "Give them some with connect(…, chat_fields=" in page(client, "/users").text
+        text = page(client, "/users").text
+        assert "Give them some with connect(…, chat_fields=" in text
+        assert "A key of the metadata Show" in text  # the control that it speaks of
         assert client.get("/users?by=metadata.plan").status_code == 200
 
 
@@ -210,7 +222,9 @@ def test_what_is_encrypted_is_shown_to_who_has_the_key(sqlite_store):
 def test_a_very_long_text_is_cut_on_the_page(sqlite_store):
     chat = create_chat(sqlite_store, model="gpt-4o")
     chat.add_message("user", "x" * 60_000)
-    assert "… and 10,000 characters more" in page(client_of(create_app(sqlite_store)), f"/chats/{chat.id}").text
+    text = page(client_of(create_app(sqlite_store)), f"/chats/{chat.id}").text
+    assert "… and 10,000 characters more" in text
+    assert f" {'x' * 79}… " in text  # its heading
 
 
 def test_search_finds_what_was_said(dashboard, store):
@@ -221,6 +235,14 @@ def test_search_finds_what_was_said(dashboard, store):
         message = store.records.message
         asked = message.select().where(message.content == "Where is my order 1182?", message.created_at >= OCTOBER_26)
         assert [row["role"] for row in found].count("user") == asked.count() > 0
+    lines = {str(line.id): line for line in chats(store, limit=None)}
+    for row in found:
+        line = lines[row["chat_id"]]
+        of_chat = (row["user_id"], row["chat"], row["chat_updated_at"])
+        assert of_chat == (line.columns["user_id"], line.title, line.updated_at.isoformat())
+    line = lines[found[0]["chat_id"]]
+    said = f"{line.title} user_id {line.columns['user_id']} last active {line.updated_at:%Y-%m-%d %H:%M}"
+    assert said in page(dashboard, f"/chats?{SPAN}&q=order+1182").text
     assert "Nothing was found" in dashboard.get(f"/chats?{SPAN}&q=zebra").text
 
 
@@ -294,12 +316,98 @@ def test_links_keep_what_was_asked_for(seen):
 def test_a_filter_that_says_nothing_on_a_page_is_shown_as_such(seen):
     assert "Tool is refund (not here)" in page(seen, f"/models?{SPAN}&tool=refund").text
     assert "(not here)" not in page(seen, f"/tools?{SPAN}&tool=refund").text
+    links = page(seen, f"/models?{SPAN}&tool=refund").attributes("href")
+    assert f"/models.csv?{SPAN}&table=models" in links  # as the page shows it, without
+
+
+@pytest.mark.parametrize(
+    ("address", "named", "pages"),
+    [
+        ("/models.json?tool=refund", "the filter 'tool'", "Tools, Requests"),
+        ("/overview.csv?tool=refund", "the filter 'tool'", "Tools, Requests"),
+        ("/models?tool=refund&format=csv", "the filter 'tool'", "Tools, Requests"),
+        ("/chats.json?status=429", "the filter 'status'", "Overview, Models, Users, Agents, Errors, Requests"),
+        ("/tools.json?error=Timeout", "the filter 'error'", "Overview, Models, Users, Agents, Errors, Requests"),
+        (
+            "/budgets.json?model=x",
+            "the filter 'model'",
+            "Overview, Models, Users, Agents, Tools, Errors, Chats, Requests",
+        ),
+        ("/models.json?by=user_id", "by", "Overview, Users"),
+        ("/requests.json?q=order", "q", "Chats"),
+    ],
+)
+def test_an_export_refuses_what_its_page_passes_over(seen, address, named, pages):
+    answer = seen.get(address)
+    assert answer.status_code == 400
+    said = Elements(answer.text).text
+    assert f"{named} says nothing about this table" in said
+    assert f"The pages that have it: {pages}" in said
+    assert seen.get(address.replace("/overview", "/").replace(".json", "").replace(".csv", "").split("&")[0]).is_success
+
+
+def test_what_has_no_price_costs_what_is_not_known(seen):
+    (row,) = (row for row in table(seen, "/models") if row["model"] == "llama-3.3-70b")
+    assert (row["cost"], row["unpriced_requests"]) == ("0", row["requests"])
+    unpriced, whole = f"{row['requests']} unpriced", usage(seen.store, (), **OF_SPAN)[0]
+    models, overview = page(seen, f"/models?{SPAN}").text, page(seen, f"/?{SPAN}").text
+    assert f"llama-3.3-70b {unpriced} {NOTHING} {row['requests']} " in models
+    assert f"Total {unpriced} ${whole.cost:.4f} " in models
+    assert re.search(rf"Spend \$[\d.]+ .*? {unpriced} Requests ", overview)
+    of_it = page(seen, f"/?{SPAN}&model=llama-3.3-70b").text
+    assert re.search(rf"Spend {NOTHING} before: [^ ]+ {unpriced} Requests ", of_it)
+    assert f"Oct 30 {NOTHING} " in of_it  # the figures of the chart
+    line = next(each for each in chats(seen.store, limit=None, **OF_SPAN) if each.unpriced_requests)
+    theirs = f"{line.unpriced_requests} unpriced"
+    assert f"{theirs} {NOTHING} " in page(seen, f"/chats?{SPAN}&chat={line.id}").text
+    chat = page(seen, f"/chats/{line.id}").text
+    assert f"Cost {NOTHING} {theirs} Requests {line.requests} " in chat
+    assert "$" not in chat
+
+
+def test_a_request_is_looked_for_by_a_tool_that_was_asked_for_in_it(seen):
+    expected = requests(seen.store, where={"tool": "refund"}, **OF_SPAN, limit=None)
+    found = table(seen, "/requests", f"{SPAN}&limit=1000&tool=refund")
+    assert [row["created_at"] for row in found] == [line.created_at.isoformat() for line in expected]
+    assert 0 < len(found) < len(requests(seen.store, **OF_SPAN, limit=None))
+
+
+def test_what_has_no_value_is_a_group_of_its_own(seen):
+    elements = page(seen, f"/users?{SPAN}&by=metadata.colour")
+    assert [each["label"] for each in charts_of(elements)["spend"]["series"]] == ["not set"]
+    (link,) = [each for each in elements.attributes("href") if "metadata.colour=" in each]
+    assert link == f"/?{SPAN}&metadata.colour=%28none%29"
+    whole = table(seen, "/models")
+    assert table(seen, "/models", f"{SPAN}&metadata.colour=(none)") == whole
+    assert table(seen, "/chats", f"{SPAN}&metadata.plan=(none)") == []
+
+
+def test_an_export_asks_for_its_table_only(seen, monkeypatch):
+    asked = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        asked.append(arguments[1])
+        return usage(*arguments, **options)
+
+    for name in ("groups", "overview", "errors"):
+        monkeypatch.setattr(f"llm_orm.dashboard.pages.{name}.usage", counted)
+    for address, queries in (
+        ("/models.json", [("provider", "model")]),
+        ("/tools.csv", [("tool",)]),
+        ("/overview.json", [("model",)]),
+        ("/overview.json?table=time", [("day",)]),
+        ("/errors.json?table=statuses", [("status",)]),
+    ):
+        asked.clear()
+        assert seen.get(address).is_success
+        assert asked == queries
 
 
 def test_the_form_for_one_more_filter_leads_to_an_address_with_it(seen):
     for given, leads_to in (
         ("filter=model&value=gpt-4o&key=", "/models?model=gpt-4o"),
         ("tz=UTC&filter=metadata.&key=plan&value=free", "/models?tz=UTC&metadata.plan=free"),
+        ("filter=provider&key=plan&value=free", "/models?metadata.plan=free"),
         ("refresh=&tz=UTC", "/models?tz=UTC"),
     ):
         answer = seen.get(f"/models?{given}")
@@ -374,8 +482,13 @@ def test_a_table_that_is_not_there_is_named(seen):
 @pytest.mark.parametrize(
     ("address", "named"),
     [
-        ("/?modell=gpt-4o", "there is no filter 'modell': did you mean 'model'?"),
-        ("/?metadata.=x", "there is no filter 'metadata.'"),
+        (
+            "/?modell=gpt-4o",
+            "there is no parameter 'modell': did you mean 'model'? There are range, since, until, ",
+        ),
+        ("/?ranges=7d", "did you mean 'range'?"),
+        ("/?colour=red", "order, limit, offset, q, refresh, table; filters: provider, model, status, error, source, "),
+        ("/?metadata.=x", "there is no parameter 'metadata.'"),
         ("/?range=9d", "range='9d' is none of 24h, 7d, 30d, 90d and custom"),
         ("/?range=custom", "needs since"),
         ("/?since=yesterday", "since='yesterday' is not a time"),
@@ -475,7 +588,8 @@ def test_a_hostile_chat_is_shown_and_is_nothing_but_text(store):
             for text in elements.scripts:
                 json.loads(text)
                 assert "<" not in text
-        assert "49" not in re.findall(r"\{\{ 7 \* 7 \}\}|49", client.get(f"/chats/{chat_id}").text)
+        assert "{{ 7 * 7 }}" in page(client, f"/chats/{chat_id}").text
+        assert "${7*7}" in page(client, f"/chats/{chat_id}").text
         filtered = client.get("/", params={"user_id": XSS, "since": "2026-11-01", "until": "2026-11-10"})
         assert filtered.status_code == 200
         assert "<script>window" not in filtered.text

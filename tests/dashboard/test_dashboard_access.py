@@ -33,9 +33,33 @@ def test_a_page_leads_to_the_login_and_from_there_back(locked):
     form = locked.get(answer.headers["location"])
     assert form.status_code == 200
     assert "/login?next=/models%3Fmodel%3Dgpt-4o" in Elements(form.text).attributes("action")
-    done = log_in(locked, address=answer.headers["location"])
+    done = locked.get(log_in(locked, address=answer.headers["location"]).headers["location"])
     assert (done.status_code, done.headers["location"]) == (303, "/models?model=gpt-4o")
     assert locked.get("/models?model=gpt-4o").status_code == 200
+
+
+def test_a_login_that_the_browser_did_not_keep_says_so(locked):
+    back = log_in(locked).headers["location"]
+    locked.cookies.clear()
+    answer = locked.get(back)
+    assert answer.status_code == 401
+    assert "The token is right, but the browser did not send the login back" in Elements(answer.text).text
+    assert "for the path /:" in answer.text
+
+
+def test_dashboards_on_one_host_do_not_log_each_other_out(sqlite_store):
+    def cookie_of(token: str, root: str = "") -> str:
+        with client_of(create_app(sqlite_store, token=token), root_path=root) as client:
+            return log_in(client, token).headers["set-cookie"].partition(";")[0]
+
+    ours, theirs = cookie_of(TOKEN), cookie_of(TOKEN + "!")
+    name, _, _ = ours.partition("=")
+    assert name != theirs.partition("=")[0]  # a browser keeps both
+    with client_of(create_app(sqlite_store, token=TOKEN)) as client:
+        for sent in (f"{theirs}; {ours}", f"{name}=1.old; {ours}", f'{ours}; {name}=1.old; a="b', f"; =;{ours}"):
+            assert client.get("/", headers={"cookie": sent}).status_code == 200, sent
+        for sent in (theirs, f"{name}=1.old", f"x{ours}"):
+            assert client.get("/", headers={"cookie": sent}).status_code == 303, sent
 
 
 def test_the_cookie_is_not_the_token_and_no_script_reads_it(locked):
@@ -61,7 +85,7 @@ def test_a_wrong_token_is_told_of_and_lets_nobody_in(locked):
 
 def test_a_cookie_that_we_did_not_make_is_none(locked):
     log_in(locked)
-    (good,) = locked.cookies.values()
+    ((name, good),) = locked.cookies.items()
     ends, _, proof = good.partition(".")
     locked.cookies.clear()
     for bad in (
@@ -73,9 +97,9 @@ def test_a_cookie_that_we_did_not_make_is_none(locked):
         f"9{ends}.{proof}",
         "9" * 30 + ".",
     ):
-        answer = locked.get("/", headers={"cookie": f"llm_orm_dashboard={bad}"})
+        answer = locked.get("/", headers={"cookie": f"{name}={bad}"})
         assert answer.status_code == 303, bad
-    assert locked.get("/", headers={"cookie": f"llm_orm_dashboard={good}"}).status_code == 200
+    assert locked.get("/", headers={"cookie": f"{name}={good}"}).status_code == 200
 
 
 def test_a_login_ends_by_itself_and_by_logging_out(sqlite_store, monkeypatch):
@@ -95,21 +119,28 @@ def test_a_cookie_of_another_token_is_none(sqlite_store, locked):
     log_in(locked)
     (good,) = locked.cookies.values()
     other = client_of(create_app(sqlite_store, token=TOKEN + "!"))
-    assert other.get("/", headers={"cookie": f"llm_orm_dashboard={good}"}).status_code == 303
+    log_in(other, TOKEN + "!")
+    (name,) = other.cookies
+    other.cookies.clear()
+    assert other.get("/", headers={"cookie": f"{name}={good}"}).status_code == 303
 
 
 def test_a_script_sends_the_token_itself(locked):
     script = {"accept": "*/*"}
     assert locked.get("/models.json", headers=script).status_code == 401
     assert locked.get("/metrics", headers=script).headers["www-authenticate"] == "Bearer"
-    for given, status in (
-        (f"Bearer {TOKEN}", 200),
-        (f"bearer {TOKEN}", 200),
-        ("Bearer x", 401),
-        (f"Basic {TOKEN}", 401),
+    for given, status, said in (
+        (f"Bearer {TOKEN}", 200, ""),
+        (f"bearer {TOKEN}", 200, ""),
+        ("Bearer x", 401, "The Bearer token is not the token of this dashboard."),
+        (f"Bearer {TOKEN}x", 401, "The Bearer token is not the token of this dashboard."),
+        ("Bearer", 401, "Needs the token of the dashboard: Authorization: Bearer …\n"),
+        (f"Basic {TOKEN}", 401, "There came an Authorization of another kind, 'Basic'"),
     ):
         for path in ("/models.json", "/metrics"):
-            assert locked.get(path, headers={**script, "authorization": given}).status_code == status, (given, path)
+            answer = locked.get(path, headers={**script, "authorization": given})
+            assert (answer.status_code, said in answer.text) == (status, True), (given, path)
+    assert "Needs the token" in locked.get("/models.json", headers=script).text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +148,8 @@ def test_a_script_sends_the_token_itself(locked):
 )
 def test_the_login_leads_to_no_other_site(locked, target):
     answer = locked.post("/login", params={"next": target}, data={"token": TOKEN})
-    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=%2F&done=1")
+    assert locked.get("/login", params={"next": target}).headers["location"] == "/"  # to who is logged in already
 
 
 def test_a_token_that_can_be_guessed_is_refused(sqlite_store):
@@ -206,10 +238,20 @@ def test_the_command_lets_nobody_in_from_elsewhere_without_a_token():
     assert "--token" in done.output
 
 
+def test_a_root_path_that_is_none_is_refused_in_a_line():
+    done = CliRunner().invoke(main, ["dashboard", "--root-path", "http://x/{y}"])
+    assert done.exit_code == 2
+    assert "'http://x/{y}' is not a path of letters, digits and slashes, such as /llm" in done.output.splitlines()[-1]
+
+
 def test_the_command_serves_until_it_is_interrupted(sqlite_store):
     import httpx
 
     path = sqlite_store.database.database
+    with sqlite_store.connection():
+        chat = sqlite_store.records.chat.create(model="gpt-4o", user_id="u_1")  # a column that nobody tells it of
+        call = {"model": "gpt-4o", "provider": "openai", "status_code": 200, "duration_ms": 1}
+        sqlite_store.records.request.create(chat=chat, **call)
     command = [
         sys.executable,
         "-c",
@@ -218,7 +260,7 @@ def test_the_command_serves_until_it_is_interrupted(sqlite_store):
         "--database-url",
         f"sqlite:///{path}",
     ]
-    options = ["--port", "0", "--token", "auto", "--root-path", "/llm"]
+    options = ["--port", "0", "--token", "auto", "--root-path", "llm"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -227,8 +269,8 @@ def test_the_command_serves_until_it_is_interrupted(sqlite_store):
         assert address.startswith("http://127.0.0.1:")
         assert address.endswith("/llm/")
         with httpx.Client(base_url=address) as client:
-            answer = client.get("models.json", headers={"authorization": f"Bearer {token}"})
-            assert (answer.status_code, answer.json()) == (200, [])
+            answer = client.get("users.json", headers={"authorization": f"Bearer {token}"})
+            assert (answer.status_code, [row["user_id"] for row in answer.json()]) == (200, ["u_1"])
             assert client.get("models.json").status_code == 401
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0

@@ -1,5 +1,6 @@
 """The pages in a real Chromium: `apt-get install chromium chromium-driver`."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from llm_orm import Store, connect
+from llm_orm import Budget, Store, connect
 from llm_orm.dashboard import create_app
 from llm_orm.listing import chats
 from llm_orm.usage import usage
@@ -45,7 +46,8 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     path = tmp_path_factory.mktemp("dashboard") / "chats.db"
-    with connect(f"sqlite:///{path}", chat_fields={"user_id": pw.TextField(null=True)}) as store:
+    own, budgets = {"user_id": pw.TextField(null=True)}, [Budget("0.5", "total", where={"metadata.plan": "free"})]
+    with connect(f"sqlite:///{path}", chat_fields=own, budgets=budgets) as store:
         store.create_tables()
         fill(store, days=60, per_day=40)
         hostile(store)
@@ -183,6 +185,43 @@ def test_a_chart_draws_the_figures_of_usage(browser, filled):
     webdriver.ActionChains(browser.driver, duration=0).move_to_element(browser.find("#chart-spend .u-over")).perform()
     assert "Oct 1" in browser.find("#chart-spend .tip").text
     assert "$" in browser.find("#chart-spend .tip").text
+
+
+LABELS = """
+const axis = document.querySelector(arguments[0]).plot.axes[0], plot = document.querySelector(arguments[0]).plot;
+const context = document.createElement("canvas").getContext("2d");
+context.font = "12px system-ui, sans-serif";
+return axis._values.map((text, place) => {
+  const width = Math.max(...text.split("\\n").map((line) => context.measureText(line).width));
+  const middle = plot.valToPos(axis._splits[place], "x") + plot.over.offsetLeft;
+  return [text, middle - width / 2, middle + width / 2, plot.width];
+}).filter(([text]) => text);
+"""
+
+
+def test_the_labels_of_hours_have_room(browser):
+    a_day, two_days = "since=2026-10-28T14:00&until=2026-10-29T14:00", "since=2026-10-28&until=2026-10-30"
+    for span, width in ((a_day, 1280), (two_days, 390)):
+        browser.open(f"/?{span}", width=width)
+        for chart in ("#chart-spend", "#chart-tokens", "#chart-latency"):
+            labels = browser.run(LABELS, chart)
+            assert len(labels) > 2
+            assert all(left[2] + 4 < right[1] for left, right in itertools.pairwise(labels)), labels
+            assert all(label[1] >= 0 and label[2] <= label[3] for label in labels), labels
+            assert next(label[0] for label in labels if "\n" in label[0]).endswith("\nOct 28")
+
+
+def test_what_matters_most_is_seen_without_scrolling_aside(browser):
+    for path, width, selectors in (
+        ("/errors", 1280, ("section:last-of-type .long", "section:last-of-type td a code")),
+        ("/requests", 1280, ("td a code",)),
+        ("/users", 1280, ("th a[href*='order=-unpriced_requests']",)),
+        ("/budgets", 390, ("td .badge", "td.over")),
+    ):
+        browser.open(f"{path}?{SPAN}", width=width)
+        for selector in selectors:
+            edge = browser.run("return document.querySelector(arguments[0]).getBoundingClientRect().right", selector)
+            assert edge < width - 16, selector
 
 
 def test_a_hostile_chat_is_shown_and_does_nothing(browser, filled):

@@ -7,26 +7,30 @@ from ..query import Query
 from ..tables import Column, Table
 
 COLUMNS = (
-    Column("budget", "Budget"),
-    Column("who", "Who"),
+    Column("budget", "Budget", wraps=True),
+    Column("share", "Used", "share"),
     Column("state", "State", "status"),
-    Column("share", "Spent", "percent"),
-    Column("spent", "Spent", "money"),
+    Column("who", "Who", "name", by="who", wraps=True),
+    Column("spent", "Spent", "dollars"),
     Column("limit", "Limit", "dollars"),
-    Column("remaining", "Left", "money"),
+    Column("remaining", "Left", "dollars"),
     Column("resets_at", "Resets", "time"),
 )
 
 
 def budgets_page(store: Store, query: Query) -> Page:
     """One row for each who has spent something of a budget, the highest share first."""
+    return Page("Budgets", "budgets.html", {"budgets": lambda: budgets_table(store)}, has_time=False)
+
+
+def budgets_table(store: Store) -> Table:
     rows = []
     for status in budget_status(store):
         state = (
             "spent" if status.is_exceeded else "near" if status.share >= min(status.budget.warn, default=1) else "ok"
         )
         rows.append({**status.as_dict(), "who": status.whom or None, "state": state})
-    table = Table(
+    return Table(
         "budgets",
         "Budgets",
         COLUMNS,
@@ -36,4 +40,3 @@ def budgets_page(store: Store, query: Query) -> Page:
         if store.budgets
         else "This store has no budgets: connect(…, budgets=[Budget(…)]), and start the dashboard with --store.",
     )
-    return Page("Budgets", "budgets.html", [table], has_time=False)

@@ -3,40 +3,42 @@
 from typing import Any
 
 from ...chronicle import Chronicle, chronicle
-from ...listing import chats
+from ...listing import chats, title_of
 from ...store import Store
 from ..page import Page
-from ..query import OWN, Query, is_of_chats
+from ..query import OWN, Query
 from ..tables import Column, Table
 
 TURNS_AT_ONCE = 50
 
 
 def columns(store: Store) -> list[Column]:
-    own = [Column(name, name, sort=name, minor=True) for name in store.chat_columns if name not in OWN]
     return [
         Column("title", "Chat"),
         Column("updated_at", "Last active", "time", "updated_at"),
         Column("agent_class", "Agent", sort="agent_class", minor=True),
         Column("model", "Model", sort="model"),
-        *own,
+        *(Column(name, name, sort=name, minor=True) for name in own_names(store)),
         Column("status", "Status", "status"),
         Column("cost", "Cost", "dollars", "cost"),
+        Column("unpriced_requests", "Unpriced", "number", "unpriced_requests", minor=True),
         Column("turns", "Turns", "number", "turns"),
         Column("messages", "Messages", "number", "messages", minor=True),
         Column("requests", "Requests", "number", "requests"),
         Column("failed_requests", "Failed", "number", "failed_requests"),
         Column("total_tokens", "Tokens", "number", "total_tokens"),
-        Column("unpriced_requests", "Unpriced", "number", "unpriced_requests", minor=True),
         Column("created_at", "Begun", "time", "created_at", minor=True),
         Column("id", "Id", "id"),
     ]
 
 
+def own_names(store: Store) -> list[str]:
+    return [name for name in store.chat_columns if name not in OWN]
+
+
 def chats_page(store: Store, query: Query) -> Page:
-    dropped = [name for name in query.where if not is_of_chats(name)]
     if query.text.strip():
-        return search_page(store, query, dropped)
+        return search_page(store, query)
     order = query.order or "-updated_at"
     page: Any = {"order": order, "limit": query.limit + 1, "offset": query.offset}
     found = chats(store, where=query.of_chats(), **query.time, **page)
@@ -56,21 +58,30 @@ def chats_page(store: Store, query: Query) -> Page:
         empty="No chat in this span of time.",
         note="Costs and tokens are those of the whole chat, also of what was before or after this span of time.",
     )
-    return Page("Chats", "chats.html", [table], {"has_more": len(found) > query.limit}, ignored=dropped)
+    return Page("Chats", "chats.html", {"chats": lambda: table}, lambda: {"has_more": len(found) > query.limit})
 
 
-def search_page(store: Store, query: Query, dropped: list[str]) -> Page:
+FOUND = ("created_at", "role", "name", "snippet", "rank", "chat_id", "message_id", "chat", "chat_updated_at")
+"""What is told of a hit under these names, whatever the application calls its columns."""
+
+
+def search_page(store: Store, query: Query) -> Page:
     """What was said that has these words, the best first."""
     from ...search import search
 
     page: Any = {"limit": query.limit + 1, "offset": query.offset, "since": query.since, "until": query.until}
     found = search(store, query.text, where=query.of_chats(), **page)
     shown = found[: query.limit]
-    rows = [
-        {"chat_id": each.chat_id, "role": each.role, "name": each.name, "snippet": each.snippet}
-        | {"created_at": each.created_at, "rank": each.rank, "message_id": each.message_id}
-        for each in shown
-    ]
+    lines = {}
+    if shown:
+        of_found = {"id": list({each.chat_id for each in shown})}
+        lines = {line.id: line for line in chats(store, where=of_found, limit=None)}
+    rows = []
+    for each in shown:
+        line = lines.get(each.chat_id)  # None: it was deleted in between
+        of_chat = {"chat": line and line.title, "chat_updated_at": line and line.updated_at}
+        columns = {name: line and line.columns[name] for name in own_names(store)}
+        rows.append({**columns, **each.as_dict(), **of_chat, "columns": columns})
     table = Table(
         "found",
         f"Found for “{query.text}”",
@@ -79,8 +90,11 @@ def search_page(store: Store, query: Query, dropped: list[str]) -> Page:
             Column("role", "Who"),
             Column("name", "Tool"),
             Column("snippet", "Text"),
+            *(Column(name, name) for name in own_names(store) if name not in FOUND),
+            Column("chat", "Chat"),
+            Column("chat_updated_at", "Last active", "time"),
             Column("rank", "Rank"),
-            Column("chat_id", "Chat"),
+            Column("chat_id", "Id"),
             Column("message_id", "Message"),
         ],
         rows,
@@ -88,7 +102,7 @@ def search_page(store: Store, query: Query, dropped: list[str]) -> Page:
     )
     pieces = [(row, hits_of(each.snippet, each.hits)) for row, each in zip(rows, shown, strict=True)]
     values = {"has_more": len(found) > query.limit, "pieces": pieces}
-    return Page("Chats", "search.html", [table], values, ignored=dropped)
+    return Page("Chats", "search.html", {"found": lambda: table}, lambda: values)
 
 
 def hits_of(text: str, hits: Any) -> list[tuple[str, bool]]:
@@ -122,11 +136,11 @@ def chat_page(store: Store, query: Query, chat_id: str) -> Page | None:
     if told is None:
         return None
     title = next((turn.question.text for turn in told.turns if turn.question and turn.question.text), None)
-    name = " ".join((title or "").split())[:80] or f"Chat {told.id}"
+    name = title_of(title) or f"Chat {told.id}"
     rows = list(steps(told))
     slowest = max((row["duration_ms"] or 0 for row in rows), default=0)
     table = Table("steps", "Steps", STEPS, rows, empty="Nothing was said in this chat yet.")
-    return Page(name, "chat.html", [table], {"chat": told, "slowest": slowest}, has_time=False)
+    return Page(name, "chat.html", {"steps": lambda: table}, lambda: {"chat": told, "slowest": slowest}, has_time=False)
 
 
 def steps(told: Chronicle) -> Any:

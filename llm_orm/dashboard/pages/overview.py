@@ -1,6 +1,8 @@
 """Overview: what was spent, on what, and whether it is getting worse."""
 
+import functools
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from ...errors import InvalidValue
@@ -8,10 +10,10 @@ from ...store import Store
 from ...usage import usage
 from .. import shown
 from ..charts import Chart, Series, change, sparkline
-from ..page import Page, ignored, without
+from ..page import Page
 from ..query import Query, dimensions
 from ..tables import Column, Table
-from .groups import MEASURES, labels, over_time, parts_over_time, top, usage_table
+from .groups import MEASURES, hours, labels, over_time, parts_over_time, top, totals_over_time, usage_table
 
 PLAIN = ("requests", "failed_requests", "input_tokens", "output_tokens", "cost", "unpriced_requests")
 LATENCY = ("duration_p50_ms", "duration_p95_ms", "first_token_p50_ms", "first_token_p95_ms")
@@ -21,7 +23,7 @@ LATENCY = ("duration_p50_ms", "duration_p95_ms", "first_token_p50_ms", "first_to
 class Card:
     """One figure: of the span, of the span before it, and how it went.
 
-    value    as usage() has it
+    value    as usage() has it; of cost, `shown` says less where no price is known
     worse    whether more of it is bad
     """
 
@@ -41,22 +43,26 @@ def overview_page(store: Store, query: Query) -> Page:
     by = query.by or "model"
     if by == "tool":
         raise InvalidValue("by='tool' is what the page Tools shows")
-    where = without(query, "tool")
-    (now,) = usage(store, (), **query.time, where=where, measures=MEASURES)
-    past: Any = {"since": query.before, "until": query.since, "tz": query.tz}
-    (before,) = usage(store, (), **past, where=where, measures=(*PLAIN, *LATENCY))
-    totals = usage(store, (query.period,), **query.time, where=where, measures=(*PLAIN, *LATENCY))
-    figures = cards(now, before, totals)
+
+    def total(since: datetime, until: datetime, *measures: str) -> Any:
+        return usage(store, (), since=since, until=until, tz=query.tz, where=query.where or None, measures=measures)[0]
+
+    now = functools.cache(lambda: total(query.since, query.until, *MEASURES))
+    totals = functools.cache(lambda: totals_over_time(store, query, (*PLAIN, *LATENCY)))
+    figures = functools.cache(lambda: cards(now(), total(query.before, query.since, *PLAIN, *LATENCY), totals()))
     title = f"By {shown.title(by).lower()}"
-    table = usage_table(store, query, (by,), where=where, name="groups", title=title, total=now)
+    groups = functools.cache(lambda: usage_table(store, query, (by,), name="groups", title=title, total=now))
     return Page(
         "Overview",
         "overview.html",
-        [table, summary(figures), over_time_table(query, totals)],
-        {"cards": figures, "charts": charts(store, query, by, where, totals, table)},
+        {
+            "groups": groups,
+            "summary": lambda: summary(figures()),
+            "time": lambda: over_time_table(query, totals()),
+        },
+        lambda: {"cards": figures(), "charts": charts(store, query, by, totals(), groups())},
         by=by,
         choices=[name for name in dimensions(store) if name != "tool"],
-        ignored=ignored(query, "tool"),
     )
 
 
@@ -66,11 +72,18 @@ def cards(now: Any, before: Any, totals: Any) -> list[Card]:
         points = sparkline([getattr(row, name) for row in totals])
         return Card(name, title, value, show(value), show(was), change(value, was), worse, detail, points, exact)
 
+    def spend() -> Card:
+        cost, was = (shown.known_cost(row.cost, row.requests, row.unpriced_requests) for row in (now, before))
+        points, unpriced = sparkline([row.cost for row in totals]), shown.unpriced(now.unpriced_requests)
+        went = change(cost, was)
+        both = shown.spend(cost), shown.spend(was)
+        return Card("cost", "Spend", now.cost, *both, went, detail=unpriced, points=points, exact=shown.exact(cost))
+
     rate, was = (shown.ratio(row.failed_requests, row.requests) for row in (now, before))
     rates = sparkline([shown.ratio(row.failed_requests, row.requests) for row in totals])
     failed = f"{shown.number(now.failed_requests)} failed"
     return [
-        card("cost", "Spend", shown.spend, exact=shown.exact(now.cost)),
+        spend(),
         card("requests", "Requests", shown.number),
         card("input_tokens", "Input tokens", shown.compact, exact=shown.number(now.input_tokens)),
         card("output_tokens", "Output tokens", shown.compact, exact=shown.number(now.output_tokens)),
@@ -105,13 +118,13 @@ def over_time_table(query: Query, totals: Any) -> Table:
     return Table("time", f"By {period}", columns, [row.as_dict() for row in totals])
 
 
-def charts(store: Store, query: Query, by: str, where: Any, totals: Any, table: Table) -> list[Chart]:
+def charts(store: Store, query: Query, by: str, totals: Any, table: Table) -> list[Chart]:
     # What failed cost nothing: by error, what happened most often.
     is_of_errors = by in ("status", "error")
-    keys = top(store, query, by, where, "requests") if is_of_errors else top(store, query, by, where, table=table)
-    parts = parts_over_time(store, query, by, keys, where, PLAIN)
+    keys = top(store, query, by, "requests") if is_of_errors else top(store, query, by, table=table)
+    parts = parts_over_time(store, query, by, keys, PLAIN)
     word = shown.title(by).lower() if by in shown.TITLES else by
-    names = labels(query, [row[query.period] for row in totals])
+    periods = [row[query.period] for row in totals]
 
     def by_key(name: str, title: str, unit: str, *measures: str) -> Chart:
         return over_time(query, name, f"{title} by {word}", unit, by, keys, totals, parts, *measures)
@@ -129,12 +142,13 @@ def charts(store: Store, query: Query, by: str, where: Any, totals: Any, table: 
             "Latency",
             "lines",
             "ms",
-            names,
+            labels(query, periods),
             lines(
                 ("p50", "c1", "duration_p50_ms"),
                 ("p95", "c2", "duration_p95_ms"),
                 ("first token p50", "c3", "first_token_p50_ms"),
                 ("first token p95", "c4", "first_token_p95_ms"),
             ),
+            hours(query, periods),
         ),
     ]

@@ -1,11 +1,12 @@
 """Requests: each call that reached a provider, the latest first."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...listing import requests
 from ...store import Store
-from ..page import Page, ignored, without
+from ..page import Page
 from ..query import Query
 from ..tables import Column, Table
 
@@ -16,6 +17,7 @@ COLUMNS = (
     Column("agent_class", "Agent", minor=True),
     Column("status_code", "Status", "status", "status_code"),
     Column("error", "Error", sort="error"),
+    Column("chat_id", "Chat"),
     Column("cost", "Cost", "dollars", "cost"),
     Column("attempt", "Attempt", "number", minor=True),
     Column("duration_ms", "Duration", "ms", "duration_ms"),
@@ -24,14 +26,20 @@ COLUMNS = (
     Column("output_tokens", "Output", "number", "output_tokens"),
     Column("cached_tokens", "Cached", "number", "cached_tokens", minor=True),
     Column("thinking_tokens", "Thinking", "number", "thinking_tokens", minor=True),
-    Column("chat_id", "Chat"),
+)
+
+FIRST = "created_at model error error_message chat_id status_code provider agent_class attempt".split()
+"""Of requests that failed: what they cost and took is 0 for most."""
+
+FAILED = sorted(
+    (*COLUMNS, Column("error_message", "Message")),
+    key=lambda column: FIRST.index(column.name) if column.name in FIRST else len(FIRST),
 )
 
 
 def requests_page(store: Store, query: Query) -> Page:
-    table, has_more = requests_table(store, query, without(query, "tool"))
-    values = {"has_more": has_more, "charts": []}
-    return Page("Requests", "requests.html", [table], values, ignored=ignored(query, "tool"))
+    found = functools.cache(lambda: requests_table(store, query, query.where or None))
+    return Page("Requests", "requests.html", {"requests": lambda: found()[0]}, lambda: {"has_more": found()[1]})
 
 
 def requests_table(store: Store, query: Query, where: Any, **changes: Any) -> tuple[Table, bool]:
@@ -47,7 +55,7 @@ def request_rows(query: Query, rows: Sequence[Mapping[str, Any]], *, name: str, 
     return Table(
         name,
         title,
-        (*COLUMNS, Column("error_message", "Message")) if name == "failed" else COLUMNS,
+        FAILED if name == "failed" else COLUMNS,
         rows,
         links={
             "chat_id": lambda row: chat_link(query, row["chat_id"], row["turn_id"]),

@@ -26,6 +26,12 @@ const TICK = {
   ms: (value) => (value < 1000 ? value + " ms" : value / 1000 + " s"),
 };
 
+function widthOf(texts, font) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = font;
+  return Math.ceil(Math.max(...texts.map((text) => context.measureText(text).width)));
+}
+
 // What stands on what: each series with those below it added, so that the highest is drawn first.
 function stacked(series) {
   const below = series[0].values.map(() => 0);
@@ -42,12 +48,21 @@ function drawn(figure) {
   const line = colorOf("probe-line");
   const count = data.labels.length;
   const font = "12px system-ui, sans-serif";
+  // An hour's day stands below it, where it is another than that of the label before.
+  const ticks = data.hours.length ? data.hours.map(([, hour]) => hour) : data.labels;
+  const named = (at) => at.map((index, place) => {
+    if (!Number.isInteger(index) || !ticks[index]) return "";
+    const day = data.hours[index]?.[0];
+    return day && day !== data.hours[at[place - 1]]?.[0] ? `${ticks[index]}\n${day}` : ticks[index];
+  });
+  const widest = widthOf([...ticks, ...data.hours.map(([day]) => day)], font);
   const bars = isBars ? uPlot.paths.bars({ size: [0.72, 44], radius: 0.08 }) : undefined;
   const plot = new uPlot(
     {
       width: place.clientWidth,
       height: place.clientHeight,
       legend: { show: false },
+      padding: [null, (u) => Math.max(8, widest / 2 - ((isBars ? 0.5 : 0.2) * (u.width - 70)) / count), null, null],
       cursor: { y: false, drag: { x: false, y: false }, points: { show: !isBars } },
       scales: {
         x: { time: false, range: () => (isBars ? [-0.6, count - 0.4] : [-0.2, count - 0.8]) },
@@ -55,11 +70,11 @@ function drawn(figure) {
       },
       axes: [
         {
-          stroke: muted, font, gap: 6, size: 30,
+          stroke: muted, font, gap: 6, size: data.hours.length ? 44 : 30,
           grid: { show: false }, ticks: { show: false },
           incrs: [1, 2, 3, 4, 6, 7, 12, 14, 24, 28, 56, 112, 365],
-          space: 64,
-          values: (u, at) => at.map((index) => (Number.isInteger(index) ? data.labels[index] ?? "" : "")),
+          space: widest + 14,
+          values: (u, at) => named(at),
         },
         {
           stroke: muted, font, gap: 6, size: 62, space: 36,
