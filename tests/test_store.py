@@ -457,7 +457,9 @@ def test_pascal_case_names_work_through_whole_turns(database_url: str, ask: Ask)
         assert again.retry().content == "Three."
         assert again.stats().requests == 5
         with store.connection():
-            tables = {name for name in store.database.get_tables() if "_search" not in name}
+            tables = {
+                name for name in store.database.get_tables() if "_search" not in name and name != "sqlite_sequence"
+            }
             assert tables == set(PASCAL_CASE.values())
         chat.delete()
         assert rows(store, "tool_call", "id") == []
