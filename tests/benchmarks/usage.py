@@ -21,8 +21,10 @@ from typing import Any
 from uuid import UUID
 
 import peewee as pw
+from starlette.testclient import TestClient
 
 from llm_orm import Store, chats, connect, requests, usage
+from llm_orm.dashboard import create_app
 
 START = datetime(2026, 8, 3, tzinfo=UTC)
 DAYS = 90
@@ -48,9 +50,16 @@ QUESTIONS: dict[str, tuple[dict[str, Any], Callable[[Store], Any]]] = {
     "errors of a week": (WEEK, lambda store: usage(store, by=("error", "model"), **WEEK)),
     "a day by hour and model": (DAY, lambda store: usage(store, by=("hour", "model"), **DAY)),
     "one user's month by day": (MONTH, lambda store: usage(store, by="day", where={"user_id": "u_7"}, **MONTH)),
+    "the page's overview of the month": (MONTH, lambda store: overview(store)),
     "fifty chats, newest first": ({}, lambda store: chats(store, limit=50)),
     "fifty requests, newest first": ({}, lambda store: requests(store, limit=50)),
 }
+
+
+def overview(store: Store) -> None:
+    """The web page: ten cards, the month before, and the charts by model; all of its queries."""
+    client = TestClient(create_app(store), base_url="http://localhost")
+    assert client.get("/", params=MONTH).status_code == 200
 
 
 def main() -> None:
