@@ -122,6 +122,7 @@ class _Threads:
         self.interrupt = interrupt
         self.executor: ThreadPoolExecutor | None = None
         self.running: dict[str, Future[ToolOutcome]] = {}
+        self.is_closed = False
 
     def first_of(self, effect: RunTools) -> ToolOutcome:
         if len(effect.calls) == 1 and not self.running:
@@ -132,7 +133,7 @@ class _Threads:
         for call, context in effect.calls:
             if call.id not in self.running:
                 run = contextvars.copy_context().run
-                self.running[call.id] = self.executor.submit(run, self.toolbox.run, call, context)
+                self.running[call.id] = self.executor.submit(run, self._run, call, context)
         futures: list[Future[Any]] = [*self.running.values(), self.interrupt.future]
         wait_for(futures, return_when=FIRST_COMPLETED)
         for call, _ in effect.calls:
@@ -140,7 +141,14 @@ class _Threads:
                 return self.running.pop(call.id).result()
         raise TurnCancelled()
 
+    def _run(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
+        """Run a call on a thread, unless the turn was broken off before the thread came to it."""
+        if self.is_closed:
+            raise TurnCancelled()
+        return self.toolbox.run(call, context)
+
     def close(self) -> None:
+        self.is_closed = True
         if self.executor is not None:
             # A tool that still runs when its turn was broken off cannot be stopped, and is not waited for.
             self.executor.shutdown(wait=not self.running, cancel_futures=True)
@@ -272,6 +280,7 @@ class _Tasks:
         self.at_once = options.tool_concurrency
         self.executor: ThreadPoolExecutor | None = None
         self.running: dict[str, asyncio.Future[ToolOutcome]] = {}
+        self.is_closed = False
 
     def _start(self, call: ToolCall, context: ToolContext) -> asyncio.Future[ToolOutcome]:
         if self.toolbox.is_async(call):
@@ -279,8 +288,14 @@ class _Tasks:
         if self.executor is None:
             self.executor = ThreadPoolExecutor(self.at_once, thread_name_prefix="llm_orm tool")
         here = contextvars.copy_context()
-        run = functools.partial(self.toolbox.run, call, context)
+        run = functools.partial(self._run, call, context)
         return asyncio.get_running_loop().run_in_executor(self.executor, lambda: here.run(run))
+
+    def _run(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
+        """As that of `_Threads`."""
+        if self.is_closed:
+            raise TurnCancelled()
+        return self.toolbox.run(call, context)
 
     async def first_of(self, effect: RunTools) -> ToolOutcome:
         for call, context in effect.calls:
@@ -293,6 +308,7 @@ class _Tasks:
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
+        self.is_closed = True
         for task in self.running.values():
             task.cancel()
         try:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -868,3 +868,40 @@ def test_what_a_cancelled_call_did_cost_is_put_in_the_place_of_its_estimate_when
     assert rows(store, "request", *names) == [(499, "TurnCancelled", 1000, 500, Decimal(2), "stop")]
     assert [message.role for message in chat.messages()] == ["user"]
     assert chat.retry().content == "Next."
+
+
+@pytest.mark.parametrize("way", ["ask", "aask"])
+def test_a_tool_whose_thread_comes_to_it_when_the_turn_is_over_is_not_run(store, way):
+    waits, gate, ran, threads = threading.Semaphore(0), threading.Event(), [], []
+
+    @tool
+    def note(name: str) -> str:
+        ran.append(name)
+        return "noted"
+
+    class Slow(ThreadPoolExecutor):
+        """Threads that take a while to begin."""
+
+        def submit(self, run: Any, *arguments: Any) -> Any:
+            def begin() -> Any:
+                threads.append(threading.current_thread())
+                waits.release()
+                gate.wait(20)
+                return run(*arguments)
+
+            return super().submit(begin)
+
+    chat = chat_with(
+        store, [Call("note", name="one"), Call("note", name="two")], "never", tools=[note], tool_concurrency=2
+    )
+    with patch("llm_orm.play.ThreadPoolExecutor", Slow), running(WAYS[way], chat, "Count!") as turn:
+        assert waits.acquire(timeout=20)
+        assert waits.acquire(timeout=20)
+        since = time.monotonic()
+        assert chat.cancel() is True
+        check_stopped(turn, since)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert ran == []
+    check_free(chat)

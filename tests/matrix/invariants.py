@@ -330,6 +330,9 @@ def a_finished_tool_is_not_run_again(story: Story) -> Iterator[str]:
         return
     done = {call["tool_call_id"] for call in story.before.tool_calls if call["result"] is not None}
     known = {call["tool_call_id"] for call in story.before.tool_calls}
+    if "tool_concurrency" in story.scenario.options:
+        # Its row says that it was started: its thread was on its way when the turn was broken off.
+        known -= {call["tool_call_id"] for call in story.before.tool_calls if call["error"] == "interrupted"}
     goes_on = story.continuation == "resume" or story.scenario.key  # with which a dead turn is gone on with, too
     for entry in story.did("tool", "began")[len(story.did_before("tool", "began")) :]:
         if entry["id"] in done:
