@@ -65,8 +65,11 @@ def demo(model: str | None, database_url: str | None) -> None:
         if not model:
             _failed_turn(chat)
         _show(chat)
-        _tell("These are plain tables, yours to query. The sums are there on the command line too:")
-        click.echo(f"    llm-orm stats {chat.id} --database-url {shlex.quote(without_password(url))}")
+        _tell("These are plain tables, yours to query. What they say is there on the command line and in the browser:")
+        place = f"--database-url {shlex.quote(without_password(url))}"
+        click.echo(f"    llm-orm stats {chat.id} {place}")
+        click.echo(f"    llm-orm show {chat.id} {place}")
+        click.echo(f"    llm-orm dashboard {place}")
 
 
 def _plain_turn(chat: "Chat") -> None:
