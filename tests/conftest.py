@@ -70,8 +70,9 @@ form. A test whose forms are what a database has to hold is marked `each_form_on
 
 
 IN_ONE_WAY_OR_THE_OTHER = (
-    "test_agents test_attachments test_bad_input test_fluent test_history_edits test_odd_replies test_persistence "
-    "test_structured test_structured_replies test_thinking"
+    "test_agents test_approval test_attachments test_bad_input test_encryption test_fluent test_halt "
+    "test_history_edits test_hooks test_middleware test_odd_replies test_persistence test_stats test_structured "
+    "test_structured_replies test_testing test_thinking"
 ).split()
 """Where each test, in each of its forms, is about what is said, set or stored, and not about how a turn runs: some run
 in the one way and some in the other, always the same."""
