@@ -91,6 +91,11 @@ def conditions(
     return found, needs
 
 
+def own_columns(store: Store, where: Where | None) -> dict[str, Any]:
+    """What `where` says of columns of the application, whose values only the database can judge."""
+    return {name: value for name, value in (where or {}).items() if name in store.chat_columns}
+
+
 def joins(store: Store, needs: set[str], *, of_tools: bool = False) -> str:
     """FROM with what is counted, and what is known of it."""
     records = store.records

@@ -3,7 +3,6 @@
 Read page by page, in short transactions: what is written does not grow in memory with the number of chats.
 """
 
-import csv
 import io
 import os
 import stat
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -23,10 +21,12 @@ from .chronicle import chronicle
 from .dimensions import conditions as request_conditions
 from .dimensions import joins
 from .errors import InvalidValue
-from .filters import Moment, Where, chat_conditions, span
+from .filters import Moment, Where, chat_conditions, span, within
 from .formats.interchange import FORMAT_VERSION, Progress, Row, snapshot
-from .formats.json_values import as_json, decimal_text, dumped
+from .formats.json_values import as_json, dumped
 from .formats.markdown import as_markdown
+from .formats.openai_messages import complete_turns, for_fine_tuning
+from .formats.spreadsheet import csv_line
 from .periods import zone
 from .records import BytesContent, now
 from .statements import Sql
@@ -42,6 +42,9 @@ MESSAGES_AT_ONCE = 500
 """So many chats are read together, or fewer that have so many messages; one of them may have more."""
 
 REQUESTS_AT_ONCE = 500
+
+OF_NO_PROVIDER = "-"
+"""What each provider wrote is shown without that provider's own fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +267,7 @@ class _Exporting:
             self.reader.files_of,
         )
         shown = transcript.shown(chat["instructions"], provider=OF_NO_PROVIDER)
-        return [_for_fine_tuning(message) for message in shown]
+        return [for_fine_tuning(message) for message in shown]
 
     # To be read
 
@@ -285,24 +288,20 @@ class _Exporting:
         own = self.store.chat_columns
         record: Any = self.store.records.request
         names = [field.column_name for field in record._meta.sorted_fields]
-        yield _csv_line([*names, "agent_class", *own])
+        yield csv_line([*names, "agent_class", *own])
         total = self.reader.count_requests(self._requests())
         for page in self.reader.pages_of_requests(self._requests()):
             for row, agent_class, columns in page:
                 self.counts["requests"] += 1
-                yield _csv_line([*row, agent_class, *columns])
+                yield csv_line([*row, agent_class, *columns])
             self._tell(self.counts["requests"], total)
 
     def _requests(self) -> Sql:
         """FROM … WHERE …, of requests r."""
-        param, (found, needs) = self.store.database.param, self.asked
-        texts, params = [each.text for each in found], [value for each in found for value in each.params]
-        field: Any = self.store.records.request.created_at
-        for moment, sign in ((self.since, ">="), (self.until, "<")):
-            if moment is not None:
-                texts.append(f"r.created_at {sign} {param}")
-                params.append(field.db_value(moment))
-        return Sql(f"{joins(self.store, needs)} WHERE {' AND '.join(['1 = 1', *texts])}", tuple(params))
+        found, needs = self.asked
+        wheres = [Sql("1 = 1"), *found, *within(self.store, "r.created_at", self.since, self.until)]
+        text = f"{joins(self.store, needs)} WHERE {' AND '.join(each.text for each in wheres)}"
+        return Sql(text, tuple(value for each in wheres for value in each.params))
 
 
 # Rows
@@ -468,89 +467,6 @@ def _by(rows: Iterable[Row], column: str) -> dict[UUID, list[Row]]:
     for row in rows:
         found.setdefault(row[column], []).append(row)
     return found
-
-
-# Turns
-
-
-def complete_turns(rows: Sequence[Row]) -> list[Row]:
-    """The messages of the turns that were answered: what the user said last, with the replies that are complete.
-
-    What was said before any question, and what the application said, stay.
-    """
-    kept: list[Row] = []
-    turn: list[Row] = []
-    for row in [*rows, None]:
-        begins = row is None or (row["role"] == "user" and any(each["role"] == "assistant" for each in turn))
-        if begins:
-            kept += _complete(turn)
-            turn = []
-        if row is not None:
-            turn.append(row)
-    return kept
-
-
-def _complete(turn: list[Row]) -> list[Row]:
-    said = [row for row in turn if row["status"] == "completed" and not _is_erased(row)]
-    is_asked = any(row["role"] == "user" for row in turn)
-    is_answered = any(row["role"] == "assistant" for row in said) and any(row["role"] == "user" for row in said)
-    return said if is_answered or not is_asked else [row for row in said if row["role"] == "system"]
-
-
-def _is_erased(row: Row) -> bool:
-    return row["content"] is None and row["content_raw"] is None
-
-
-OF_NO_PROVIDER = "-"
-"""What each provider wrote is shown without that provider's own fields."""
-
-_FINE_TUNING = {
-    "assistant": ("role", "content", "name", "tool_calls"),
-    "tool": ("role", "tool_call_id", "content"),
-}
-
-
-def _for_fine_tuning(message: Message) -> Message:
-    names = _FINE_TUNING.get(message["role"], ("role", "content", "name"))
-    plain = {name: message[name] for name in names if name in message}
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [
-            {"id": call["id"], "type": "function", "function": _function(call)} for call in plain["tool_calls"]
-        ]
-    else:
-        plain.pop("tool_calls", None)
-    return plain
-
-
-def _function(call: Any) -> dict[str, Any]:
-    function = call.get("function") or {}
-    return {name: function.get(name) or "" for name in ("name", "arguments")}
-
-
-# A table
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-
-
-def _csv_line(values: Iterable[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line).writerow(map(_cell, values))
-    return line.getvalue()
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float | Decimal):
-        return decimal_text(value) if isinstance(value, Decimal) else str(value)
-    if isinstance(value, datetime):
-        return value.isoformat(" ")
-    text = dumped(value) if isinstance(value, dict | list) else str(as_json(value))
-    # A spreadsheet takes such a text for a formula, and runs it.
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 # Files

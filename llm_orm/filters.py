@@ -13,6 +13,7 @@ import peewee as pw
 from .checks import as_key, check_keywords, check_storable, clear_about
 from .errors import InvalidValue
 from .records import now
+from .statements import Sql
 from .store import Store
 
 Where = Mapping[str, Any]
@@ -199,3 +200,16 @@ def _read(text: str) -> datetime | date | timedelta:
         return timedelta(seconds=float(ago[1]) * SECONDS[ago[2]])
     text = text.strip()
     return date.fromisoformat(text) if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else datetime.fromisoformat(text)
+
+
+def within(store: Store, at: str, first: datetime | None, end: datetime | None) -> list[Sql]:
+    """What is true of a column of times from a moment on, and before another; None: without a bound."""
+    bounds = ((first, ">="), (end, "<"))
+    return [
+        Sql(f"{at} {sign} {store.database.param}", (stored_time(bound),)) for bound, sign in bounds if bound is not None
+    ]
+
+
+def stored_time(moment: datetime) -> str:
+    """As a driver is given it; on SQLite, as the column holds it."""
+    return moment.astimezone(UTC).isoformat(" ", "microseconds")

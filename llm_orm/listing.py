@@ -10,15 +10,14 @@ from uuid import UUID
 import peewee as pw
 
 from .checks import clear_about
-from .dimensions import conditions, joins
+from .dimensions import conditions, joins, own_columns
 from .encryption import MARKED
 from .errors import InvalidValue, meant
-from .filters import Moment, Where, chat_conditions, span
+from .filters import Moment, Where, chat_conditions, span, within
 from .periods import zone
 from .statements import Sql
 from .store import Store, as_store
-from .sums import dollars
-from .sums import summable as summable
+from .sums import dollars, summable
 
 EVERYTHING = pw.SQL("1 = 1")
 
@@ -309,10 +308,7 @@ def requests(
     name, is_descending = _order_of("requests()", order, [each for each in REQUEST_COLUMNS if each != "error_message"])
     wheres, needs = _request_conditions(store, where)
     first, end = span(since, until, zone(tz))
-    for bound, sign in ((first, ">="), (end, "<")):
-        if bound is not None:
-            value = store.records.request.created_at.db_value(bound)  # type: ignore[attr-defined]
-            wheres.append(Sql(f"r.created_at {sign} {store.database.param}", (value,)))
+    wheres += within(store, "r.created_at", first, end)
     has_agents = store.has_table(store.records.agent_session)
     columns = {each: f'r."{each}"' for each in REQUEST_COLUMNS}
     columns["agent_class"] = "s.agent_class" if has_agents else NO_TEXT
@@ -325,9 +321,8 @@ def requests(
         f"ORDER BY {columns[name]} {direction}{last}, r.id {direction} {page} OFFSET {offset}"
     )
     params = tuple(value for each in wheres for value in each.params)
-    own = {name: value for name, value in (where or {}).items() if name in store.chat_columns}
     store.pay()
-    with clear_about("requests()", own):
+    with clear_about("requests()", own_columns(store, where)):
         rows = store.read(Sql(text, params))
     return list(_request_lines(store, rows))
 

@@ -10,7 +10,7 @@ from uuid import UUID
 import peewee as pw
 
 from .errors import InvalidValue, WrongSetup
-from .filters import Moment, Where, chat_conditions, span
+from .filters import Moment, Where, chat_conditions, span, within
 from .statements import Sql
 from .store import Store, as_store
 from .values import as_uuid
@@ -165,17 +165,15 @@ class _Conditions:
     """What is true of the rows that are looked at, besides their words."""
 
     def __init__(self, store: Store, where: Any, since: Any, until: Any):
-        param, time = store.statements.param, store.records.message.created_at
         texts, self.params = [], []
         if where is not None and where != {}:
             chat: Any = store.records.chat
             found, params = chat.select(chat.id).where(*chat_conditions(store, "search()", where)).sql()
             texts.append(f"said.chat_id IN ({found})")
             self.params += params
-        for sign, moment in zip((">=", "<"), span(since, until), strict=True):
-            if moment is not None:
-                texts.append(f"said.created_at {sign} {param}")
-                self.params.append(time.db_value(moment))
+        for bound in within(store, "said.created_at", *span(since, until)):
+            texts.append(bound.text)
+            self.params += bound.params
         self.text = "".join(f" AND {text}" for text in texts)
 
 

@@ -14,6 +14,7 @@ import peewee as pw
 from .budgets import NAMED, Budget, BudgetStatus, check_against, check_budgets
 from .dimensions import Dimension, conditions, dimension, joins
 from .errors import BudgetExceeded, ChatGone
+from .filters import within
 from .middleware import shown_dollars
 from .options import Candidate
 from .records import now
@@ -158,9 +159,7 @@ class _Spent:
             self.needs |= set(self.dimension.needs)
         if self.needs or budget.by == "chat":
             self.wheres.append(Sql("r.chat_id IS NOT NULL"))  # nobody knows of a deleted chat whose it was
-        if self.since is not None:
-            since = self.since.astimezone(UTC).isoformat(" ", "microseconds")
-            self.wheres.append(Sql(f"r.created_at >= {store.database.param}", (since,)))
+        self.wheres += within(store, "r.created_at", self.since, None)
 
     def of(self, who: Mapping[str, Any]) -> Sql:
         """The sum of one who has a limit of their own, by the value that the database has."""

@@ -25,10 +25,11 @@ from llm_orm import Budget, Store, budget_status, connect, load_chat, usage
 from llm_orm.chronicle import chronicle
 from llm_orm.dashboard import create_app
 from llm_orm.export import export
+from llm_orm.groups import OF_TOOLS
 from llm_orm.listing import chats, requests
 from llm_orm.metrics import metrics_text
 from llm_orm.sums import stats_of
-from llm_orm.usage import MEASURES, OF_TOOLS
+from llm_orm.usage import MEASURES
 from llm_orm_cli import main
 
 Row = Mapping[str, Any]

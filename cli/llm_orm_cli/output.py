@@ -61,17 +61,11 @@ def print_json(value: Any) -> None:
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print CSV. A text that a spreadsheet would take for a formula stands behind an apostrophe."""
+    from llm_orm.formats.spreadsheet import defused
+
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    shown = text(value)
-    return f"'{shown}" if isinstance(value, str) and shown.startswith(_FORMULA) else shown
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+    writer.writerows([defused(text(value)) if isinstance(value, str) else text(value) for value in row] for row in rows)
 
 
 def is_terminal() -> bool:

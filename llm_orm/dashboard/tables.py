@@ -9,6 +9,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
+from ..formats.spreadsheet import defused
 from . import shown
 
 RIGHT = ("number", "money", "dollars", "ms", "percent", "share")
@@ -87,13 +88,9 @@ class Table:
         return json.dumps(rows, default=_plain, ensure_ascii=False, indent=1)
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "=", "+", "-", "@")
-"""What a text begins with that a spreadsheet may compute; some take the wide forms, too."""
-
-
 def _csv_cell(value: Any) -> str:
     text = "" if value is None else value if isinstance(value, str) else _text(value)
-    return f"'{text}" if not _is_number(value) and text.lstrip(" ").startswith(FORMULA) else text
+    return text if _is_number(value) else defused(text)
 
 
 def _is_number(value: Any) -> bool:

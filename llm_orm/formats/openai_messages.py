@@ -1,4 +1,4 @@
-"""A chat as OpenAI's API and fine-tuning write it, {"messages": […]} → the rows of a chat.
+"""A chat as OpenAI's API and fine-tuning write it, {"messages": […]} ↔ the rows of a chat.
 
 A reply with its tool calls, their results and the last word is one row of ours, so that the transcript shows the same
 messages again.
@@ -7,7 +7,7 @@ messages again.
 import base64
 import binascii
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid5
@@ -231,3 +231,58 @@ def _picture(url: str) -> tuple[Attachment, ...]:
             raise
         # That it is a picture is said; of which kind, only a provider who fetches it will see.
         return attachments_of(Attachment("image/jpeg", url=url))
+
+
+# Rows of a chat → its line
+
+
+def complete_turns(rows: Sequence[Row]) -> list[Row]:
+    """The messages of the turns that were answered: what the user said last, with the replies that are complete.
+
+    What was said before any question, and what the application said, stay.
+    """
+    kept: list[Row] = []
+    turn: list[Row] = []
+    for row in [*rows, None]:
+        begins = row is None or (row["role"] == "user" and any(each["role"] == "assistant" for each in turn))
+        if begins:
+            kept += _complete(turn)
+            turn = []
+        if row is not None:
+            turn.append(row)
+    return kept
+
+
+def _complete(turn: list[Row]) -> list[Row]:
+    said = [row for row in turn if row["status"] == "completed" and not _is_erased(row)]
+    is_asked = any(row["role"] == "user" for row in turn)
+    is_answered = any(row["role"] == "assistant" for row in said) and any(row["role"] == "user" for row in said)
+    return said if is_answered or not is_asked else [row for row in said if row["role"] == "system"]
+
+
+def _is_erased(row: Row) -> bool:
+    return row["content"] is None and row["content_raw"] is None
+
+
+_FINE_TUNING = {
+    "assistant": ("role", "content", "name", "tool_calls"),
+    "tool": ("role", "tool_call_id", "content"),
+}
+
+
+def for_fine_tuning(message: Message) -> Message:
+    """A message as the transcript shows it, with what fine-tuning takes of it alone."""
+    names = _FINE_TUNING.get(message["role"], ("role", "content", "name"))
+    plain = {name: message[name] for name in names if name in message}
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [
+            {"id": call["id"], "type": "function", "function": _function(call)} for call in plain["tool_calls"]
+        ]
+    else:
+        plain.pop("tool_calls", None)
+    return plain
+
+
+def _function(call: Any) -> dict[str, Any]:
+    function = call.get("function") or {}
+    return {name: function.get(name) or "" for name in ("name", "arguments")}

@@ -101,11 +101,11 @@ def test_a_search_shows_what_was_found_the_best_first(store: Store, database_url
 
 
 def test_a_spreadsheet_is_given_no_formula(store: Store, database_url: str) -> None:
-    for said in ("=HYPERLINK(1)", "+1", "-1", "@SUM(1)", 'a, "b"'):
+    for said in ("=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "\uff1d1", 'a, "b"'):
         create_chat(store, model="test", llm=ScriptedLLM("Hi"), user_id="\t=1").ask(said)
     text = run("--csv", "--order", "created_at", "--database-url", database_url).stdout
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert [row["title"] for row in rows] == ["'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(1)", 'a, "b"']
+    assert [row["title"] for row in rows] == ["'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(1)", "'\uff1d1", 'a, "b"']
     assert {row["user_id"] for row in rows} == {"'\t=1"}
 
 
